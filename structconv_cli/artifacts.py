@@ -1,0 +1,147 @@
+"""Writing a run's models to its folder, and reading them back for later steps."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import onnx
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+
+from structconv_cli import __version__
+from structconv_cli.approximation import Approximation, compare_models
+from structconv_cli.checkpoint import load_checkpoint
+from structconv_cli.errors import RunFolderError
+from structconv_cli.inventory import Inventory
+from structconv_cli.json_file import read_json
+from structconv_cli.onnx.export import load_onnx, set_metadata
+from structconv_cli.onnx.lower import LoweredLayer
+from structconv_cli.onnx.probe import Array, session
+from structconv_cli.plan import Plan, read_plan
+from structconv_cli.run_folder import RunFolder
+from structconv_cli.verify import BATCHES, REAL, Artifacts
+
+PLAN_KEY = "structconv.plan_sha256"
+
+
+def stamp(model: onnx.ModelProto, plan: Plan, lowered: Iterable[LoweredLayer]) -> None:
+    """Record in an ONNX model which tool and plan made it, and every layer's structure."""
+    forms = {entry.name: entry.form for entry in lowered}
+    layers = {
+        name: {"dense": s.dense, "reduced": s.reduced, "form": forms.get(name)}
+        for name, s in plan.structures.items()
+    }
+    set_metadata(
+        model,
+        {
+            "structconv.version": __version__,
+            PLAN_KEY: plan.digest,
+            "structconv.layers": json.dumps(layers),
+        },
+    )
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, plan: Plan) -> None:
+    """Write tensors as safetensors, stamped with the plan's digest.
+
+    Raises:
+        RunFolderError: the file cannot be written.
+    """
+    # Clones: safetensors refuses tensors that share memory.
+    state = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(state, path, metadata={"format": "pt", PLAN_KEY: plan.digest})
+    except safetensors.SafetensorError as error:
+        raise RunFolderError(
+            f"cannot write {path.name}: {error}. Check that the disk has space left."
+        ) from None
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        RunFolderError: the file is damaged or no safetensors file.
+    """
+    try:
+        return load_file(path)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise RunFolderError(
+            f"cannot read {path}: {error}. Run `structconv convert` again."
+        ) from None
+
+
+def load_artifacts(folder: RunFolder) -> Artifacts:
+    """Read what `verify` needs; nothing read here is executed.
+
+    Raises:
+        RunFolderError: files are missing, damaged, or do not belong together.
+        StructconvError: a file is not what its name says.
+    """
+    info = folder.info()
+    plan = read_plan(folder.plan)
+    artifacts = Artifacts(
+        plan=plan,
+        inventory=read_json(folder.inventory, Inventory),
+        dense=load_checkpoint(folder.file(info, "dense weights")).tensors,
+        reduced=load_tensors(folder.structured_weights),
+        dense_onnx=load_onnx(folder.dense_onnx),
+        structured_onnx=load_onnx(folder.structured_onnx),
+        reference=load_tensors(folder.reference),
+    )
+    stamps = {entry.key: entry.value for entry in artifacts.structured_onnx.metadata_props}
+    for source, digest in (("run.json", info.plan_sha256), ("ONNX file", stamps.get(PLAN_KEY))):
+        if digest != plan.digest:
+            raise RunFolderError(
+                f"the plan in {folder.plan} (sha256 {plan.digest[:12]}) is not the one that the "
+                f"{source} was made from ({str(digest)[:12]}). Run `structconv convert` again."
+            )
+    _check_complete(folder, artifacts)
+    return artifacts
+
+
+def approximation_on(
+    folder: RunFolder, batches: Callable[[], Iterable[tuple[torch.Tensor, torch.Tensor]]]
+) -> Approximation:
+    """Compare original.onnx and structured.onnx in ONNX Runtime over batches of a dataset."""
+    return compare_models(_runner(folder.original_onnx), _runner(folder.structured_onnx), batches())
+
+
+def _runner(path: Path) -> Callable[[Array], Array]:
+    runtime = session(load_onnx(path))
+    name = runtime.get_inputs()[0].name
+
+    def run(images: Array) -> Array:
+        output: Array = runtime.run(None, {name: images})[0]
+        return output
+
+    return run
+
+
+def _check_complete(folder: RunFolder, artifacts: Artifacts) -> None:
+    specs = {layer.spec.name: layer.spec for layer in artifacts.inventory.layers}
+    for name, structure in artifacts.plan.structures.items():
+        if name not in specs:
+            raise RunFolderError(
+                f"{folder.inventory} does not describe layer {name} of the plan. Run `structconv "
+                "convert` again."
+            )
+        outputs = specs[name].weight_shape[0]
+        for what, tensors, sizes in (
+            ("dense weights", artifacts.dense, structure.dense),
+            ("structured weights", artifacts.reduced, structure.reduced),
+        ):
+            tensor = tensors.get(f"{name}.weight")
+            found = None if tensor is None else tuple(tensor.shape)
+            if found != (outputs, *sizes):
+                raise RunFolderError(
+                    f"the {what} in {folder.path} hold {name}.weight as {found}; the plan says "
+                    f"{(outputs, *sizes)}. Run `structconv convert` again."
+                )
+    for name in (*BATCHES, REAL):
+        for side in ("input", "output"):
+            if f"{name}.{side}" not in artifacts.reference:
+                raise RunFolderError(
+                    f"{folder.reference} lacks {name}.{side}. Run `structconv convert` again."
+                )

@@ -1,0 +1,42 @@
+"""Re-estimating batch-norm statistics after weights have changed."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+
+@torch.no_grad()
+def reestimate_batch_norm(model: nn.Module, batches: Iterable[torch.Tensor]) -> int:
+    """Replace every batch norm's running mean and variance by those of `batches`, in place.
+
+    Args:
+        model: any module; all of it but its batch norms runs in eval mode.
+        batches: prepared images (B, C, H, W), B >= 2; statistics are averaged with equal weight
+            per batch.
+
+    Returns:
+        The number of batch norms re-estimated (0: the model has none that keep statistics).
+    """
+    norms = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+    ]
+    if not norms:
+        return 0
+    was_training = model.training
+    momenta = [norm.momentum for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a cumulative average, rather than an exponential one
+        norm.train()
+    try:
+        for images in batches:
+            model(images)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        model.train(was_training)
+    return len(norms)

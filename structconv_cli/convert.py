@@ -1,0 +1,292 @@
+"""The pipeline: checkpoint, data and plan in; a run folder with a verified ONNX model out."""
+
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from structconv_cli import __version__
+from structconv_cli.architecture import Architecture, build_model
+from structconv_cli.artifacts import approximation_on, load_artifacts, save_tensors, stamp
+from structconv_cli.checkpoint import Checkpoint, load_checkpoint, load_into, save_like
+from structconv_cli.cost import Cost, dense_cost, structured_cost
+from structconv_cli.dataset import Dataset, DataSpec, check_labels, load_dataset
+from structconv_cli.errors import PlanError, StructconvError
+from structconv_cli.finetune import FineTuneResult, FineTuneSettings, finetune
+from structconv_cli.inventory import Inventory, first_channels, take_inventory
+from structconv_cli.json_file import write_json
+from structconv_cli.onnx.export import export_onnx, save_onnx
+from structconv_cli.onnx.lower import lower
+from structconv_cli.plan import KeptLayer, Plan, read_plan
+from structconv_cli.planner import check_plan, rule_plan
+from structconv_cli.progress import SILENT, Observer
+from structconv_cli.rewrite import rewrite
+from structconv_cli.run_folder import FORMAT, RunFolder, RunInfo, check_destination, new_run_folder
+from structconv_cli.structure import Structure
+from structconv_cli.verify import VerifyResult, record_reference, verify
+
+_EVALUATION_BATCH = 64
+_TRACE_BATCH = 2
+
+
+@dataclass(frozen=True)
+class ConvertRequest:
+    """What the user asked for.
+
+    Attributes:
+        checkpoint: the user's checkpoint file.
+        architecture: what builds the model that it fits.
+        data: what to tune and judge on.
+        settings: how to fine-tune.
+        n, channels: the rule for all layers (see `planner.rule_plan`), where there is no plan file.
+        plan_file: a plan to obey instead.
+        out: the run folder to write.
+        force: whether an existing run folder is replaced.
+        command: the command line's words, for the record.
+    """
+
+    checkpoint: Path
+    architecture: Architecture
+    data: DataSpec
+    settings: FineTuneSettings
+    n: int
+    channels: float
+    plan_file: Path | None
+    out: Path
+    force: bool
+    command: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LayerOutcome:
+    """One layer after conversion.
+
+    Attributes:
+        name: the layer's name.
+        structure: its structure; None if it was kept dense.
+        note: the ONNX form it was lowered to, or why it was kept.
+        before, after: cost for one image, all its runs in one forward pass together; None if the
+            model never runs it.
+    """
+
+    name: str
+    structure: Structure | None
+    note: str
+    before: Cost | None
+    after: Cost | None
+
+
+@dataclass(frozen=True)
+class ConvertResult:
+    """What `convert` did.
+
+    Attributes:
+        layers: every convolution and linear layer.
+        before, after: cost of these layers together, for one image.
+        finetune: accuracy stage by stage.
+        original_bytes, structured_bytes: sizes of the two ONNX files.
+        seconds: duration of the whole conversion, verification included.
+        notes: what the user should know, one sentence each.
+    """
+
+    layers: tuple[LayerOutcome, ...]
+    before: Cost
+    after: Cost
+    finetune: FineTuneResult
+    original_bytes: int
+    structured_bytes: int
+    seconds: float
+    notes: tuple[str, ...]
+
+
+def convert(
+    request: ConvertRequest, observer: Observer = SILENT
+) -> tuple[ConvertResult, VerifyResult]:
+    """Carry out a conversion and verify it; the run folder appears when all of it is done.
+
+    A run whose verification fails is kept, so that it can be looked into.
+
+    Raises:
+        StructconvError: whatever is wrong with the input, before anything is written.
+    """
+    start = time.perf_counter()
+    check_destination(request.out, request.force)
+    with observer.stage("checkpoint"):
+        checkpoint, model = _load_model(request)
+    with observer.stage("data"):
+        data = _load_data(request, model, observer)
+        observer.note(f"{len(data.train)} training and {len(data.val)} validation images")
+    with observer.stage("plan"):
+        example = data.prepare(data.train.images[:_TRACE_BATCH])
+        inventory = take_inventory(model, example)
+        check_labels(data, inventory.outputs)
+        plan = (
+            check_plan(read_plan(request.plan_file), inventory)
+            if request.plan_file
+            else rule_plan(inventory, request.n, request.channels)
+        )
+        observer.note(f"{len(plan.structures)} of {len(plan.layers)} layers structured")
+    with observer.stage("export of the original"):
+        # Before the long work: a model that cannot be exported fails here.
+        original = export_onnx(model, example)
+    tuned, tuning = finetune(model, plan.structures, data, request.settings, observer)
+    with new_run_folder(request.out, request.force) as folder:
+        with observer.stage("rewrite and export"):
+            save_onnx(original, folder.original_onnx)
+            forms = _write_models(folder, checkpoint, tuned, plan, data, example)
+            write_json(plan, folder.plan)
+            write_json(inventory, folder.inventory)
+            dense_file = _dense_file(folder, checkpoint)
+            folder.write_info(_run_info(request, folder, inventory, plan, dense_file))
+        verification = verify(
+            load_artifacts(folder),
+            lambda: approximation_on(folder, lambda: data.batches(data.val, _EVALUATION_BATCH)),
+            observer,
+        )
+        write_json(verification, folder.verify_result)
+        layers = _outcomes(inventory, plan, forms)
+        costs = [layer for layer in layers if layer.before and layer.after]
+        result = ConvertResult(
+            layers=layers,
+            before=sum((x.before for x in costs if x.before), Cost(0, 0, 0)),
+            after=sum((x.after for x in costs if x.after), Cost(0, 0, 0)),
+            finetune=tuning,
+            original_bytes=folder.original_onnx.stat().st_size,
+            structured_bytes=folder.structured_onnx.stat().st_size,
+            seconds=time.perf_counter() - start,
+            notes=(*data.notes, *_warnings(tuning, len(data.classes))),
+        )
+        write_json(result, folder.convert_result)
+    return result, verification
+
+
+def verify_run(path: Path, observer: Observer = SILENT) -> VerifyResult:
+    """Verify an existing run again, from its files alone, and record the outcome in it.
+
+    Raises:
+        StructconvError: the run folder is missing, incomplete or damaged.
+    """
+    folder = RunFolder(path)
+    info = folder.info()
+    artifacts = load_artifacts(folder)
+    try:
+        with observer.stage("data"):
+            data = load_dataset(info.data, channels=info.input_shape[0], progress=observer.steps)
+    except StructconvError as error:
+        result = verify(artifacts, f"the data could not be loaded: {error}", observer)
+    else:
+
+        def batches() -> object:
+            return data.batches(data.val, _EVALUATION_BATCH)
+
+        result = verify(artifacts, lambda: approximation_on(folder, batches), observer)  # type: ignore[arg-type]
+    write_json(result, folder.verify_result)
+    return result
+
+
+def _load_model(request: ConvertRequest) -> tuple[Checkpoint, nn.Module]:
+    checkpoint = load_checkpoint(request.checkpoint)
+    model = build_model(request.architecture)
+    load_into(model, checkpoint)
+    return checkpoint, model.float().eval()
+
+
+def _load_data(request: ConvertRequest, model: nn.Module, observer: Observer) -> Dataset:
+    channels = first_channels(model)
+    if channels is None:
+        raise PlanError(
+            f"the model that {request.architecture.reference} builds has no convolution, so there "
+            "is nothing to structure. structconv is for convolutional networks."
+        )
+    data = load_dataset(request.data, channels=channels, progress=observer.steps)
+    if len(data.train) < _TRACE_BATCH:
+        raise StructconvError("the training part has a single image; expected at least 2.")
+    return data
+
+
+def _write_models(
+    folder: RunFolder,
+    checkpoint: Checkpoint,
+    tuned: nn.Module,
+    plan: Plan,
+    data: Dataset,
+    example: torch.Tensor,
+) -> dict[str, str]:
+    """Write weights, graphs and reference outputs; return each lowered layer's form."""
+    state = tuned.state_dict()
+    dense = {name: state[name] for name in checkpoint.tensors}
+    save_like(checkpoint, dense, _dense_file(folder, checkpoint))
+    rewritten = rewrite(tuned, plan.structures)
+    save_tensors(rewritten.state_dict(), folder.structured_weights, plan)
+    dense_graph = export_onnx(tuned, example)
+    save_onnx(dense_graph, folder.dense_onnx)
+    structured, lowered = lower(dense_graph, plan.structures)
+    stamp(structured, plan, lowered)
+    save_onnx(structured, folder.structured_onnx)
+    real = data.prepare(data.val.images[:64])
+    save_tensors(record_reference(tuned, tuple(example.shape[1:]), real), folder.reference, plan)
+    return {entry.name: entry.form for entry in lowered}
+
+
+def _dense_file(folder: RunFolder, checkpoint: Checkpoint) -> Path:
+    return folder.dense_weights(".safetensors" if checkpoint.kind == "safetensors" else ".pt")
+
+
+def _run_info(
+    request: ConvertRequest, folder: RunFolder, inventory: Inventory, plan: Plan, dense_file: Path
+) -> RunInfo:
+    files = {
+        "plan": folder.plan,
+        "layers": folder.inventory,
+        "structured weights": folder.structured_weights,
+        "dense weights": dense_file,
+        "original model": folder.original_onnx,
+        "dense structured model": folder.dense_onnx,
+        "structured model": folder.structured_onnx,
+        "reference outputs": folder.reference,
+    }
+    return RunInfo(
+        format=FORMAT,
+        tool_version=__version__,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=request.command,
+        checkpoint=str(request.checkpoint.absolute()),
+        architecture=request.architecture,
+        data=request.data,
+        input_shape=inventory.input_shape,
+        plan_sha256=plan.digest,
+        files={role: path.name for role, path in files.items()},
+    )
+
+
+def _outcomes(inventory: Inventory, plan: Plan, forms: dict[str, str]) -> tuple[LayerOutcome, ...]:
+    traced = {layer.spec.name: layer for layer in inventory.layers}
+    outcomes = []
+    for entry in plan.layers:
+        layer = traced.get(entry.name)
+        before = after = None
+        if layer is not None:
+            before = after = dense_cost(layer.spec, layer.output_size, layer.calls)
+            if not isinstance(entry, KeptLayer):
+                after = structured_cost(layer.spec, entry.structure, layer.output_size, layer.calls)
+        if isinstance(entry, KeptLayer):
+            outcomes.append(LayerOutcome(entry.name, None, entry.reason, before, after))
+        else:
+            outcomes.append(
+                LayerOutcome(entry.name, entry.structure, forms[entry.name], before, after)
+            )
+    return tuple(outcomes)
+
+
+def _warnings(tuning: FineTuneResult, classes: int) -> list[str]:
+    original = tuning.stages[0].evaluation.accuracy
+    if original < 200 / classes:
+        return [
+            f"The original model is right on only {original:.1f} % of the validation images, near "
+            f"chance for {classes} classes: check --mean, --std and --size against what it was "
+            "trained with, and the order of the classes."
+        ]
+    return []

@@ -1,0 +1,170 @@
+"""Which layers a model has: found in its module tree, met and measured in one forward pass."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from structconv_cli.errors import ArchitectureError
+from structconv_cli.layer_spec import CONVOLUTIONS, LayerSpec, spec_of
+
+_PLAIN = (*CONVOLUTIONS, nn.Linear)
+_RELATED = (nn.modules.conv._ConvNd, nn.Linear)
+
+
+@dataclass(frozen=True)
+class TracedLayer:
+    """A layer that the forward pass ran.
+
+    Attributes:
+        spec: what it computes.
+        output_size: spatial sizes of its output; the number of rows per image if linear.
+        calls: how many times one forward pass runs it.
+    """
+
+    spec: LayerSpec
+    output_size: tuple[int, ...]
+    calls: int
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """A convolution-like module that cannot be structured, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """A model's layers.
+
+    Attributes:
+        layers: in the order of their first run.
+        unsupported: in the order of the module tree.
+        input_shape: (C, H, W) of one image.
+        outputs: number of values that the model puts out per image.
+    """
+
+    layers: tuple[TracedLayer, ...]
+    unsupported: tuple[Unsupported, ...]
+    input_shape: tuple[int, ...]
+    outputs: int
+
+    def layer(self, name: str) -> TracedLayer:
+        """The traced layer of this name (KeyError if there is none)."""
+        for layer in self.layers:
+            if layer.spec.name == name:
+                return layer
+        raise KeyError(name)
+
+
+def first_channels(model: nn.Module) -> int | None:
+    """Input channels of the first convolution in the module tree; None if there is none."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.conv._ConvNd):
+            return int(module.in_channels)
+    return None
+
+
+def take_inventory(model: nn.Module, images: torch.Tensor) -> Inventory:
+    """Run `images` (B, C, H, W) through the model once, in eval mode, and list its layers.
+
+    Raises:
+        ArchitectureError: the model does not run on these images, or puts out anything but one
+            tensor of shape (B, K).
+    """
+    unsupported = _unsupported(model)
+    refused = {entry.name for entry in unsupported}
+    sizes: dict[str, tuple[int, ...]] = {}
+    calls: Counter[str] = Counter()
+    handles = []
+    for name, module in model.named_modules():
+        if type(module) in _PLAIN and name not in refused:
+            handles.append(module.register_forward_hook(_recorder(name, sizes, calls)))
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            output = model(images)
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        raise ArchitectureError(_forward_failure(model, images, error)) from None
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(was_training)
+    if not isinstance(output, torch.Tensor) or output.ndim != 2:
+        found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+        raise ArchitectureError(
+            f"the model puts out {found} for a batch of {len(images)} images; expected one tensor "
+            "of class scores, (batch, classes). Other tasks than classification are not supported "
+            "yet."
+        )
+    modules = dict(model.named_modules())
+    layers = tuple(
+        TracedLayer(spec_of(name, modules[name]), size, calls[name]) for name, size in sizes.items()
+    )
+    unreached = tuple(
+        Unsupported(name, "the forward pass does not run it")
+        for name, module in modules.items()
+        if type(module) in _PLAIN and name not in sizes and name not in refused
+    )
+    return Inventory(layers, unsupported + unreached, tuple(images.shape[1:]), output.shape[1])
+
+
+def _recorder(name: str, sizes: dict[str, tuple[int, ...]], calls: Counter[str]):  # type: ignore[no-untyped-def]
+    def record(module: nn.Module, _: object, output: torch.Tensor) -> None:
+        rows = output.shape[1:-1].numel() if isinstance(module, nn.Linear) else None
+        size = (rows,) if rows is not None else tuple(output.shape[2:])
+        sizes.setdefault(name, size)
+        calls[name] += 1
+
+    return record
+
+
+def _unsupported(model: nn.Module) -> tuple[Unsupported, ...]:
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
+    found = []
+    for name, module in model.named_modules():
+        if not isinstance(module, _RELATED):
+            continue
+        if type(module) not in _PLAIN:
+            kind = type(module).__name__
+            reason = (
+                "a transposed convolution has no structured form here"
+                if "Transpose" in kind
+                else f"{kind} is not a plain convolution: its forward pass may differ"
+            )
+            found.append(Unsupported(name, reason))
+            continue
+        shared = {
+            other
+            for parameter in module.parameters(recurse=False)
+            for other in owners[id(parameter)]
+            if other != name
+        }
+        if shared:
+            reason = f"it shares its weight with {', '.join(sorted(shared))}"
+            found.append(Unsupported(name, reason))
+        elif "weight" not in module._parameters:
+            found.append(Unsupported(name, "its weight is parametrised (computed on the fly)"))
+    return tuple(found)
+
+
+def _forward_failure(model: nn.Module, images: torch.Tensor, error: Exception) -> str:
+    shape = tuple(images.shape[1:])
+    wanted = first_channels(model)
+    if wanted is not None and images.ndim > 1 and wanted != images.shape[1]:
+        return (
+            f"the model's first convolution takes {wanted} channels, but the images have "
+            f"{images.shape[1]} (shape {shape}). Give data with {wanted} channels, or build the "
+            f"model for {images.shape[1]} (--arch-arg)."
+        )
+    return (
+        f"the model does not run on images of shape {shape}: {str(error).splitlines()[0]}. "
+        "Check --size and --arch-arg."
+    )

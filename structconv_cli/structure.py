@@ -1,0 +1,161 @@
+"""Structured kernels: the subspace of weights that sum-pooling plus a reduced convolution spans.
+
+A structured kernel (paper, section 3) of size C x N_1 x .. x N_d with parameters (c, n_1, .., n_d)
+is a combination of all placements of a block of ones of size (C-c+1) x (N_1-n_1+1) x ... Along one
+axis of length L with l placements, the basis is the banded matrix A of shape (L, l) with ones at
+rows m .. m+k-1 of column m, where k = L-l+1 is the window. Over several axes it is the Kronecker
+product of these matrices, so everything here works axis by axis and never builds it.
+
+Along one axis, a vector lies in the range of A exactly when its sums over the k residue classes of
+the index modulo k are equal (our derivation: every window of k neighbours meets each class once, so
+the k-1 differences of class indicators are orthogonal to the range, and span its complement). With
+m_r members and sum S_r in class r, the nearest such vector shifts every member of class r by
+(S - S_r) / m_r, where S = sum_r (S_r / m_r) / sum_r (1 / m_r). So projection takes O(L) operations
+and no factorisation.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch.nn.functional import pad
+
+from structconv_cli.errors import StructureError
+from structconv_cli.sum_pool import box_sum
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The structured subspace of one layer's weight, per axis.
+
+    Attributes:
+        dense: (C / groups, N_1, .., N_d) of the dense weight; (Q,) for a linear layer of Q inputs.
+        reduced: (c, n_1, .., n_d), between 1 and `dense` on every axis.
+
+    A weight has shape (C_out, *dense); its coefficients (the reduced weight) (C_out, *reduced).
+
+    Raises:
+        StructureError: an axis is impossible.
+    """
+
+    dense: tuple[int, ...]
+    reduced: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.dense) != len(self.reduced) or not self.dense:
+            raise StructureError(
+                f"structure {self.reduced} has {len(self.reduced)} axes, but the weight "
+                f"{self.dense} has {len(self.dense)}: give one size for every axis."
+            )
+        for size, small in zip(self.dense, self.reduced, strict=True):
+            if not 1 <= small <= size:
+                raise StructureError(
+                    f"structure {self.reduced} does not fit the weight {self.dense}: every size "
+                    f"must lie between 1 and the dense size; found {small} of {size}."
+                )
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Width of the sum-pool on every axis: dense - reduced + 1."""
+        return tuple(s - r + 1 for s, r in zip(self.dense, self.reduced, strict=True))
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether nothing is reduced."""
+        return self.dense == self.reduced
+
+    @property
+    def ratio(self) -> float:
+        """Multiplications (and weights) before, over those after."""
+        return prod(self.dense) / prod(self.reduced)
+
+    def project(self, weight: torch.Tensor) -> torch.Tensor:
+        """Orthogonal projection of `weight` (C_out, *dense) onto the subspace; differentiable."""
+        self._check(weight, self.dense)
+        for axis, small in enumerate(self.reduced, start=1):
+            weight = project_axis(weight, axis, small)
+        return weight
+
+    def coefficients(self, weight: torch.Tensor) -> torch.Tensor:
+        """Least-squares coefficients A^+ W of shape (C_out, *reduced)."""
+        weight = self.project(weight)
+        for axis, small in enumerate(self.reduced, start=1):
+            weight = _coefficients_axis(weight, axis, small)
+        return weight
+
+    def expand(self, coefficients: torch.Tensor) -> torch.Tensor:
+        """The dense weight A a of shape (C_out, *dense) that these coefficients stand for."""
+        self._check(coefficients, self.reduced)
+        for axis, window in enumerate(self.windows, start=1):
+            coefficients = _expand_axis(coefficients, axis, window)
+        return coefficients
+
+    def residual(self, weight: torch.Tensor) -> float:
+        """Relative distance to the subspace, ||W - P W||_F / ||W||_F, in float64; 0 for W = 0."""
+        exact = weight.detach().double()
+        norm = float(exact.norm())
+        return float((exact - self.project(exact)).norm()) / norm if norm else 0.0
+
+    def basis(self) -> tuple[torch.Tensor, ...]:
+        """The banded 0/1 matrix (dense, reduced) of every axis, float64; A is their product."""
+        return tuple(basis_axis(s, r) for s, r in zip(self.dense, self.reduced, strict=True))
+
+    def orthonormal_basis(self) -> tuple[torch.Tensor, ...]:
+        """Per axis an orthonormal Q of the basis' range, (dense, reduced), float64."""
+        return tuple(torch.linalg.qr(matrix).Q for matrix in self.basis())
+
+    def _check(self, tensor: torch.Tensor, sizes: tuple[int, ...]) -> None:
+        if tuple(tensor.shape[1:]) != sizes:
+            raise StructureError(
+                f"a weight of shape {tuple(tensor.shape)} does not fit the structure "
+                f"{self.reduced} of {self.dense}: expected (C_out, "
+                f"{', '.join(map(str, sizes))})."
+            )
+
+
+def basis_axis(length: int, reduced: int) -> torch.Tensor:
+    """The (length, reduced) matrix whose column m has ones at rows m .. m + length - reduced."""
+    rows = torch.arange(length).unsqueeze(1)
+    columns = torch.arange(reduced).unsqueeze(0)
+    return ((rows >= columns) & (rows <= columns + length - reduced)).double()
+
+
+def project_axis(weight: torch.Tensor, axis: int, reduced: int) -> torch.Tensor:
+    """Project along one axis by making its residue-class sums equal (see the module's text)."""
+    length = weight.shape[axis]
+    window = length - reduced + 1
+    if window == 1:
+        return weight
+    classes = _residue_classes(weight.movedim(axis, -1), window)
+    rows = classes.shape[-2]
+    members = torch.full((window,), float(rows), dtype=weight.dtype, device=weight.device)
+    members[length - (rows - 1) * window :] -= 1
+    sums = classes.sum(-2)
+    common = (sums / members).sum(-1, keepdim=True) / (1 / members).sum()
+    shifted = classes + ((common - sums) / members).unsqueeze(-2)
+    return shifted.flatten(-2)[..., :length].movedim(-1, axis)
+
+
+def _coefficients_axis(weight: torch.Tensor, axis: int, reduced: int) -> torch.Tensor:
+    """Solve A a = w for a weight inside the range: a_j = w_j - w_{j-1} + a_{j-window}."""
+    window = weight.shape[axis] - reduced + 1
+    if window == 1:
+        return weight
+    head = weight.movedim(axis, -1)[..., :reduced]
+    steps = torch.diff(head, dim=-1, prepend=torch.zeros_like(head[..., :1]))
+    solved = _residue_classes(steps, window).cumsum(-2)
+    return solved.flatten(-2)[..., :reduced].movedim(-1, axis)
+
+
+def _expand_axis(coefficients: torch.Tensor, axis: int, window: int) -> torch.Tensor:
+    if window == 1:
+        return coefficients
+    padded = pad(coefficients.movedim(axis, -1), (window - 1, window - 1))
+    return box_sum(padded, -1, window).movedim(-1, axis)
+
+
+def _residue_classes(x: torch.Tensor, window: int) -> torch.Tensor:
+    """Reshape the last axis to (rows, window), zero-filled, so that column r is class r."""
+    rows = -(-x.shape[-1] // window)
+    filled = pad(x, (0, rows * window - x.shape[-1]))
+    return filled.reshape(*x.shape[:-1], rows, window)

@@ -1,0 +1,273 @@
+"""Verification of a run: the rewrite must be exact; what structure cost is measured beside it.
+
+(a) Every structured layer against its dense form in PyTorch (`exactness`).
+(b) The ONNX file against PyTorch: every lowered layer's kernel, measured by impulses; and the whole
+    model's output, at several batch sizes, against what PyTorch computed when the run was made.
+(c) Structured against original on data (`approximation`); it does not decide exactness.
+
+No code of the user's is run: the layers are rebuilt from their description, and PyTorch's outputs
+for the whole model were recorded by `convert`.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+
+import numpy as np
+import onnx
+import torch
+from torch import nn
+
+from structconv_cli.approximation import Approximation
+from structconv_cli.errors import OnnxError
+from structconv_cli.exactness import Check, LayerWeights, check_layer, compare, random_input
+from structconv_cli.inventory import Inventory
+from structconv_cli.onnx.probe import (
+    dense_kernel,
+    impulse_response,
+    layer_nodes,
+    run_exposed,
+    session,
+)
+from structconv_cli.plan import Plan
+from structconv_cli.progress import SILENT, Observer
+from structconv_cli.structure import Structure
+from structconv_cli.tolerance import kernel_bound, magnitude, model_tolerance
+
+BATCHES = {"batch 1": 1, "batch 2 (traced)": 2, "batch 5": 5}
+"""Random inputs of the whole model; the export is traced with a batch of 2."""
+REAL = "real images"
+_REAL_IMAGES = 8
+_LAYER_IMAGES = 2
+
+
+@dataclass(frozen=True, eq=False)
+class Artifacts:
+    """What `verify` reads: two sets of weights, two graphs, and PyTorch's recorded outputs.
+
+    Attributes:
+        plan: what was structured.
+        inventory: the model's layers.
+        dense: tensors of the dense structured model, by parameter name.
+        reduced: tensors of the rewritten model, by parameter name.
+        dense_onnx: the dense structured model as the stock exporter wrote it.
+        structured_onnx: the lowered model.
+        reference: `NAME.input` and `NAME.output` of the whole model, from `record_reference`.
+    """
+
+    plan: Plan
+    inventory: Inventory
+    dense: Mapping[str, torch.Tensor]
+    reduced: Mapping[str, torch.Tensor]
+    dense_onnx: onnx.ModelProto
+    structured_onnx: onnx.ModelProto
+    reference: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """The outcome of a verification.
+
+    Attributes:
+        exact: whether every check of the layers and of the model passed.
+        first_diverging: the first layer, in the order in which the model runs them, that failed, or
+            from which on the graphs' tensors differ; None if exact or not found.
+        layers: checks per layer.
+        model: checks of the whole model, relative to its largest output.
+        approximation: structured against original on data; None if it was not measured.
+        approximation_missing: why it was not; empty if it was.
+    """
+
+    exact: bool
+    first_diverging: str | None
+    layers: tuple[Check, ...]
+    model: tuple[Check, ...]
+    approximation: Approximation | None
+    approximation_missing: str
+
+    @property
+    def failures(self) -> tuple[Check, ...]:
+        """The checks that failed."""
+        return tuple(check for check in (*self.layers, *self.model) if not check.passed)
+
+
+@torch.no_grad()
+def record_reference(
+    model: nn.Module, input_shape: tuple[int, ...], real: torch.Tensor, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """Run the dense structured model in PyTorch on random and real inputs, and keep both sides.
+
+    Args:
+        model: the projected model, in float32.
+        input_shape: (C, H, W).
+        real: prepared images (B, C, H, W); the first few are used.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    inputs = {
+        name: torch.randn(size, *input_shape, generator=generator) for name, size in BATCHES.items()
+    }
+    inputs[REAL] = real[:_REAL_IMAGES]
+    was_training = model.training
+    model.eval()
+    record = {}
+    for name, x in inputs.items():
+        record[f"{name}.input"] = x.contiguous()
+        record[f"{name}.output"] = model(x).contiguous()
+    model.train(was_training)
+    return record
+
+
+def verify(
+    artifacts: Artifacts,
+    approximate: Callable[[], Approximation] | str,
+    observer: Observer = SILENT,
+) -> VerifyResult:
+    """Run all checks.
+
+    Args:
+        artifacts: what to check.
+        approximate: measures part (c); or the reason why that is not possible.
+        observer: is told of the three parts.
+    """
+    with observer.stage("layers in PyTorch"):
+        layers = _check_layers(artifacts, observer)
+    with observer.stage("layers in ONNX Runtime"):
+        layers += _check_kernels(artifacts, observer)
+    with observer.stage("whole model, PyTorch against ONNX Runtime"):
+        model = _check_model(artifacts)
+    approximation = None
+    if callable(approximate):
+        with observer.stage("structured against original, on data"):
+            approximation = approximate()
+    exact = all(check.passed for check in (*layers, *model))
+    return VerifyResult(
+        exact=exact,
+        first_diverging=None if exact else _first_diverging(artifacts, layers, model),
+        layers=tuple(layers),
+        model=tuple(model),
+        approximation=approximation,
+        approximation_missing="" if callable(approximate) else approximate,
+    )
+
+
+def _check_layers(artifacts: Artifacts, observer: Observer) -> list[Check]:
+    generator = torch.Generator().manual_seed(0)
+    structures = artifacts.plan.structures
+    nodes = layer_nodes(artifacts.dense_onnx, list(structures))
+    images = artifacts.reference[f"{REAL}.input"][:_LAYER_IMAGES].numpy()
+    sources = [found[0].input[0] for found in nodes.values()]
+    tensors = run_exposed(artifacts.dense_onnx, images, sources)
+    checks: list[Check] = []
+    for done, (name, structure) in enumerate(structures.items()):
+        layer = _layer_weights(artifacts, name, structure)
+        checks += check_layer(layer, {"random": random_input(layer.spec, generator)})
+        if name in nodes:
+            # In the graph, a padding that is not zeros is a node of its own, before the layer.
+            padded = layer.spec.padding_mode != "zeros"
+            real = torch.from_numpy(tensors[nodes[name][0].input[0]])
+            checks += check_layer(layer, {"real": real}, padded=padded)[1:]
+        observer.steps(done + 1, len(structures))
+    return checks
+
+
+def _layer_weights(artifacts: Artifacts, name: str, structure: Structure) -> LayerWeights:
+    return LayerWeights(
+        spec=artifacts.inventory.layer(name).spec,
+        structure=structure,
+        dense=artifacts.dense[f"{name}.weight"],
+        reduced=artifacts.reduced[f"{name}.weight"],
+        bias=artifacts.dense.get(f"{name}.bias"),
+        reduced_bias=artifacts.reduced.get(f"{name}.bias"),
+    )
+
+
+def _check_kernels(artifacts: Artifacts, observer: Observer) -> list[Check]:
+    checks: list[Check] = []
+    structures = artifacts.plan.structures
+    nodes = layer_nodes(artifacts.dense_onnx, list(structures))
+    for done, (name, structure) in enumerate(structures.items()):
+        if name not in nodes:
+            detail = f"structured_dense.onnx has no node with the weight {name}.weight"
+            checks.append(Check(name, "ONNX kernel", None, 0.0, False, detail))
+        for node in nodes.get(name, []):
+            checks.append(_check_kernel(artifacts, name, structure, node))
+        observer.steps(done + 1, len(structures))
+    return checks
+
+
+def _check_kernel(
+    artifacts: Artifacts, name: str, structure: Structure, node: onnx.NodeProto
+) -> Check:
+    weight, bias = (torch.from_numpy(a.copy()) for a in dense_kernel(artifacts.dense_onnx, node))
+    try:
+        response = impulse_response(artifacts.structured_onnx, node, tuple(weight.shape))
+    except OnnxError as error:
+        return Check(name, "ONNX kernel", None, 0.0, False, str(error))
+    measured, measured_bias = (torch.from_numpy(a.copy()) for a in response)
+    # Each weight was read off an output that had the bias added to it.
+    allowed = kernel_bound(weight, structure)
+    room = bias.abs().double().reshape(-1, *([1] * (weight.ndim - 1))) * 2.0**-22
+    check = compare(
+        name, "ONNX kernel", measured.double() - weight.double(), allowed + room, "the kernel"
+    )
+    if check.passed and not torch.equal(measured_bias, bias):
+        return replace(check, passed=False, detail="the bias differs")
+    return check
+
+
+def _check_model(artifacts: Artifacts) -> list[Check]:
+    tolerance = _model_tolerance(artifacts)
+    runner = session(artifacts.structured_onnx)
+    checks = []
+    for name in (*BATCHES, REAL):
+        expected = artifacts.reference[f"{name}.output"].double()
+        images = artifacts.reference[f"{name}.input"].numpy()
+        try:
+            output = torch.from_numpy(runner.run(None, {runner.get_inputs()[0].name: images})[0])
+        except RuntimeError as error:
+            checks.append(Check(name, "output", None, tolerance, False, str(error).splitlines()[0]))
+            continue
+        deviation = (output.double() - expected) / expected.abs().max()
+        allowed = torch.full_like(deviation, tolerance)
+        checks.append(compare(name, "output", deviation, allowed, "the output"))
+    return checks
+
+
+def _model_tolerance(artifacts: Artifacts) -> float:
+    growth = []
+    for layer in artifacts.inventory.layers:
+        structure = artifacts.plan.structures.get(layer.spec.name)
+        factor, summands = 1.0, prod(layer.spec.axes)
+        if structure is not None:
+            weight = artifacts.dense[f"{layer.spec.name}.weight"].double()
+            sums = magnitude(artifacts.reduced[f"{layer.spec.name}.weight"], structure)
+            factor = max(1.0, float(sums.norm() / weight.norm())) if weight.any() else 1.0
+            summands += sum(structure.windows)
+        growth += [(summands, factor)] * layer.calls
+    return model_tolerance(growth)
+
+
+def _first_diverging(
+    artifacts: Artifacts, layers: Iterable[Check], model: Iterable[Check]
+) -> str | None:
+    order = [layer.spec.name for layer in artifacts.inventory.layers]
+    failed = {check.subject for check in layers if not check.passed}
+    if failed:
+        return min(failed, key=lambda name: order.index(name) if name in order else len(order))
+    failed_input = next(check.subject for check in model if not check.passed)
+    images = artifacts.reference[f"{failed_input}.input"].numpy()
+    nodes = layer_nodes(artifacts.dense_onnx, order)
+    outputs = {node.output[0]: name for name, found in nodes.items() for node in found}
+    try:
+        dense = run_exposed(artifacts.dense_onnx, images, list(outputs))
+        lowered = run_exposed(artifacts.structured_onnx, images, list(outputs))
+    except (OnnxError, RuntimeError):
+        return None
+    tolerance = _model_tolerance(artifacts)
+    for node in artifacts.dense_onnx.graph.node:
+        for tensor in node.output:
+            if tensor in outputs:
+                scale = np.abs(dense[tensor]).max()
+                if not np.abs(lowered[tensor] - dense[tensor]).max() <= tolerance * scale:
+                    return outputs[tensor]
+    return None
