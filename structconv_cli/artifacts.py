@@ -7,7 +7,7 @@ from pathlib import Path
 import onnx
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from structconv_cli import __version__
 from structconv_cli.approximation import Approximation, compare_models
@@ -43,19 +43,10 @@ def stamp(model: onnx.ModelProto, plan: Plan, lowered: Iterable[LoweredLayer]) -
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, plan: Plan) -> None:
-    """Write tensors as safetensors, stamped with the plan's digest.
-
-    Raises:
-        RunFolderError: the file cannot be written.
-    """
+    """Write tensors as safetensors, stamped with the plan's digest (OSError if it cannot be)."""
     # Clones: safetensors refuses tensors that share memory.
     state = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
-    try:
-        save_file(state, path, metadata={"format": "pt", PLAN_KEY: plan.digest})
-    except safetensors.SafetensorError as error:
-        raise RunFolderError(
-            f"cannot write {path.name}: {error}. Check that the disk has space left."
-        ) from None
+    path.write_bytes(save(state, metadata={"format": "pt", PLAN_KEY: plan.digest}))
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -102,10 +93,10 @@ def load_artifacts(folder: RunFolder) -> Artifacts:
 
 
 def approximation_on(
-    folder: RunFolder, batches: Callable[[], Iterable[tuple[torch.Tensor, torch.Tensor]]]
+    folder: RunFolder, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]
 ) -> Approximation:
     """Compare original.onnx and structured.onnx in ONNX Runtime over batches of a dataset."""
-    return compare_models(_runner(folder.original_onnx), _runner(folder.structured_onnx), batches())
+    return compare_models(_runner(folder.original_onnx), _runner(folder.structured_onnx), batches)
 
 
 def _runner(path: Path) -> Callable[[Array], Array]:

@@ -1,43 +1,20 @@
-"""Checkpoints: reading a trained model's tensors, and writing them back the way they came.
-
-A file's kind is told by its content, never by its suffix, and nothing that a file carries is ever
-run: pickles go through `torch.load(weights_only=True)`.
-"""
+"""Checkpoints: reading a trained model's tensors, and writing them back the way they came."""
 
 import os
-import pickle
-import re
-import warnings
-import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from structconv_cli.errors import CheckpointError
-
-_NESTINGS = ("state_dict", "model_state_dict", "model", "ema")
-_WRAPPERS = ("module.", "_orig_mod.")
-# What torch.optim.swa_utils.AveragedModel puts beside the tensors of the module it wraps.
-_WRAPPER_TENSORS = frozenset({"n_averaged"})
-
-_FOREIGN = {
-    rb"\xff\xd8\xff": "a JPEG image",
-    rb"\x89PNG": "a PNG image",
-    rb"\x89HDF": "an HDF5 file (Keras writes these)",
-    rb"\x1f\x8b": "a gzip archive",
-    # A protobuf message: the IR version, then any other field of an ONNX model.
-    rb"\x08[\x01-\x40][\x12\x1a\x22\x28\x32\x3a\x42]": "an ONNX model",
-    rb"version https://git-lfs": "a Git LFS pointer (run `git lfs pull` to get the file itself)",
-    rb"\s*<": "an HTML or XML text (perhaps a failed download)",
-}
-_REMEDY = "give a file written by torch.save(model.state_dict(), FILE) or a .safetensors file"
+from structconv_cli.checkpoint_file import CheckpointFile, Kind, read_checkpoint_file
+from structconv_cli.errors import CheckpointError, one_line
+from structconv_cli.state_dict import find_nesting, wrapper_prefix
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,38 +39,31 @@ class Checkpoint:
     prefix: str
     container: dict[Any, Any]
     versions: dict[str, Any] | None
-    kind: Literal["torch", "safetensors"]
+    kind: Kind
 
 
 def load_checkpoint(path: Path | str) -> Checkpoint:
-    """Reads a checkpoint written by `torch.save` (zip or legacy) or by safetensors.
+    """Read a checkpoint written by `torch.save` (zip or legacy) or by safetensors.
 
     The state_dict may be the top level or lie under a key: "state_dict", "model_state_dict",
     "model" and "ema" are preferred in this order, then the one other entry that holds tensors.
 
     Raises:
         CheckpointError: the file is missing, damaged, of another kind, needs code to be run, has
-            no tensors, has several candidates for the state_dict, or holds NaN or infinity.
+            no named tensors, has several candidates for the state_dict, or holds NaN or infinity.
     """
     path = Path(path)
-    head, size = _read_head(path)
-    if _looks_like_safetensors(head):
-        checkpoint = _load_safetensors(path, head, size)
+    file = read_checkpoint_file(path)
+    if file.kind == "safetensors":
+        checkpoint = _from_safetensors(path, file)
     else:
-        if head.startswith(b"PK"):
-            _require_torch_archive(path)
-        elif not head.startswith(b"\x80"):
-            raise CheckpointError(
-                f"The checkpoint {path} is {_describe_foreign(head)}, not a PyTorch "
-                f"checkpoint: {_REMEDY}."
-            )
-        checkpoint = _from_loaded(path, _load_pickle(path))
+        checkpoint = _from_torch(path, file.entries)
     _require_finite(checkpoint)
     return checkpoint
 
 
 def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Copies a checkpoint's tensors into a model, cast to the model's dtypes.
+    """Copy a checkpoint's tensors into a model, cast to the model's dtypes.
 
     Every parameter and buffer must be there in its shape, and nothing else; only batch-norm's
     `num_batches_tracked` may be missing. The model is unchanged if that is not so.
@@ -137,12 +107,12 @@ def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
     except RuntimeError as error:
         raise CheckpointError(
             f"The model does not take the tensors of the checkpoint {checkpoint.path}: "
-            f"{_one_line(error)}. Check that the architecture is the one that it was trained with."
+            f"{one_line(error)}. Check that the architecture is the one that it was trained with."
         ) from error
 
 
 def save_like(checkpoint: Checkpoint, tensors: Mapping[str, Tensor], path: Path | str) -> None:
-    """Writes `tensors` as a file of the same kind, nesting, prefix and other content.
+    """Write `tensors` as a file of the same kind, nesting, prefix and other content.
 
     `tensors` go by their names without the prefix and keep their dtypes. The file appears under
     its name only when it is complete, and replaces one that is there. A legacy torch file becomes
@@ -168,137 +138,31 @@ def save_like(checkpoint: Checkpoint, tensors: Mapping[str, Tensor], path: Path 
         partial.replace(path)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         raise CheckpointError(
-            f"The checkpoint {path} cannot be written: {_one_line(error)}. Check that the folder "
+            f"The checkpoint {path} cannot be written: {one_line(error)}. Check that the folder "
             "exists, is writable and has space left."
         ) from error
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _read_head(path: Path) -> tuple[bytes, int]:
-    """Reads the first bytes of a file, and its size in bytes."""
-    if path.is_dir():
-        raise CheckpointError(
-            f"The checkpoint {path} is a folder: name the checkpoint file inside it."
-        )
-    try:
-        with path.open("rb") as file:
-            head = file.read(64)
-        size = path.stat().st_size
-    except FileNotFoundError as error:
-        raise CheckpointError(f"The checkpoint {path} does not exist: correct the path.") from error
-    except OSError as error:
-        raise CheckpointError(
-            f"The checkpoint {path} cannot be read: {error.strerror}. Check its permissions."
-        ) from error
-    if not head:
-        raise CheckpointError(f"The checkpoint {path} is empty (0 bytes): copy or save it again.")
-    return head, size
-
-
-def _looks_like_safetensors(head: bytes) -> bool:
-    # A little-endian header length, then the header, which is JSON; the format allows 100 MB.
-    return head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= 100_000_000
-
-
-def _load_safetensors(path: Path, head: bytes, size: int) -> Checkpoint:
-    header = int.from_bytes(head[:8], "little")
-    if size < 8 + header:
-        raise CheckpointError(
-            f"The safetensors checkpoint {path} is truncated: it has {size} bytes, but its header "
-            f"alone needs {8 + header}. Copy or save it again."
-        )
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no dict
-            metadata = file.metadata() or {}
-    except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"The safetensors checkpoint {path} is truncated or damaged: {_one_line(error)}. "
-            "Copy or save it again."
-        ) from error
-    if not tensors:
-        raise CheckpointError(f"The safetensors checkpoint {path} holds no tensors: {_REMEDY}.")
-    prefix = _wrapper_prefix(tensors)
+def _from_safetensors(path: Path, file: CheckpointFile) -> Checkpoint:
+    prefix = wrapper_prefix(file.entries)
     return Checkpoint(
         path=path,
-        tensors={key.removeprefix(prefix): value for key, value in tensors.items()},
+        tensors={key.removeprefix(prefix): value for key, value in file.entries.items()},
         nesting=None,
         prefix=prefix,
-        container=dict(metadata),
+        container=dict(file.metadata),
         versions=None,
         kind="safetensors",
     )
 
 
-def _require_torch_archive(path: Path) -> None:
-    """Refuses zip files that are not plain `torch.save` archives."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"The checkpoint {path} is truncated or damaged (it begins as a zip archive but "
-            f"{_one_line(error)}): copy or save it again."
-        ) from error
-    inner = [name.partition("/")[2] for name in names]
-    if any(name == "constants.pkl" or name.startswith("code/") for name in inner):
-        raise CheckpointError(
-            f"The checkpoint {path} is a TorchScript archive, which holds code and not only "
-            "tensors: save its tensors with "
-            f"torch.save(torch.jit.load({str(path)!r}).state_dict(), 'weights.pt')."
-        )
-    if any(
-        re.fullmatch(r"models/.*\.json|serialized_exported_program\.json", name)
-        for name in [*names, *inner]
-    ):
-        raise CheckpointError(
-            f"The checkpoint {path} is a torch.export archive (.pt2), not a state_dict: save its "
-            f"tensors with torch.save(torch.export.load({str(path)!r}).state_dict, 'weights.pt')."
-        )
-    if "data.pkl" not in inner:
-        what = "a NumPy .npz archive" if names and names[0].endswith(".npy") else "a zip archive"
-        raise CheckpointError(
-            f"The checkpoint {path} is {what} that torch.save did not write: {_REMEDY}."
-        )
-
-
-def _load_pickle(path: Path) -> object:
-    try:
-        # An open file, as torch.load goes by the suffix of a path.
-        with path.open("rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL (\S+)", str(error), re.IGNORECASE)
-        if refused is None:
-            raise CheckpointError(
-                f"The checkpoint {path} is a damaged file or a pickle that torch.save did not "
-                f"write: {_REMEDY}."
-            ) from error
-        raise CheckpointError(
-            f"The checkpoint {path} holds Python objects beside tensors (it asks for "
-            f"{refused[1]}), which takes running code from the file, and structconv never does "
-            "that. Where it was made, save only the tensors: torch.save(model.state_dict(), FILE)."
-        ) from error
-    except Exception as error:
-        # A damaged pickle can raise anything.
-        raise CheckpointError(
-            f"The checkpoint {path} is truncated or damaged ({_one_line(error)}): "
-            "copy or save it again."
-        ) from error
-
-
-def _from_loaded(path: Path, loaded: object) -> Checkpoint:
-    if not isinstance(loaded, Mapping):
-        raise CheckpointError(
-            f"The checkpoint {path} holds a value of type {type(loaded).__name__}, not a "
-            f"dictionary of named tensors: {_REMEDY}."
-        )
-    nesting = _find_nesting(path, loaded)
+def _from_torch(path: Path, loaded: Mapping[Any, Any]) -> Checkpoint:
+    nesting = find_nesting(path, loaded)
     state = loaded if nesting is None else loaded[nesting]
     named = {key: value.detach() for key, value in state.items() if isinstance(value, Tensor)}
-    prefix = _wrapper_prefix(named)
+    prefix = wrapper_prefix(named)
     tensors = {
         key.removeprefix(prefix): value for key, value in named.items() if key.startswith(prefix)
     }
@@ -318,52 +182,6 @@ def _from_loaded(path: Path, loaded: object) -> Checkpoint:
     )
 
 
-def _find_nesting(path: Path, loaded: Mapping[Any, Any]) -> str | None:
-    """Finds the key under which the state_dict lies; None is the top level."""
-    counts = {key: _count_tensors(value) for key, value in loaded.items() if isinstance(key, str)}
-    for key in _NESTINGS:
-        if counts.get(key):
-            return key
-    at_top = _count_tensors(loaded)
-    # A checkpoint may keep a tensor of its own, such as a random state, beside its state_dict.
-    nested = [key for key, count in counts.items() if count > at_top]
-    if len(nested) == 1:
-        return nested[0]
-    if nested:
-        raise CheckpointError(
-            f"The checkpoint {path} holds several sets of tensors, under {', '.join(nested)}: save "
-            "the one to convert by itself, with torch.save(checkpoint[KEY], FILE)."
-        )
-    if not at_top:
-        keys = ", ".join(str(key) for key in list(loaded)[:10]) or "none"
-        raise CheckpointError(
-            f"The checkpoint {path} holds no named tensors, neither at its top level nor under one "
-            f"of its keys ({keys}): {_REMEDY}."
-        )
-    return None
-
-
-def _count_tensors(value: object) -> int:
-    """Counts the tensors in a mapping with text keys; any other value has none."""
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        return 0
-    return sum(isinstance(entry, Tensor) for entry in value.values())
-
-
-def _wrapper_prefix(names: Mapping[str, Tensor]) -> str:
-    """Returns what DistributedDataParallel, torch.compile and the like put before all names."""
-    wrapped = [name for name in names if name not in _WRAPPER_TENSORS]
-    prefix = ""
-    while wrapped:
-        wrapper = next(
-            (w for w in _WRAPPERS if all(name.startswith(prefix + w) for name in wrapped)), None
-        )
-        if wrapper is None:
-            break
-        prefix += wrapper
-    return prefix
-
-
 def _require_finite(checkpoint: Checkpoint) -> None:
     bad = [
         checkpoint.prefix + key
@@ -379,7 +197,7 @@ def _require_finite(checkpoint: Checkpoint) -> None:
 
 
 def _refill(checkpoint: Checkpoint, state: OrderedDict[str, Any]) -> object:
-    """Puts tensors back where the checkpoint had them."""
+    """Put tensors back where the checkpoint had them."""
     beside = checkpoint.container
     if checkpoint.nesting is not None:
         beside = beside[checkpoint.nesting]
@@ -421,7 +239,7 @@ def _hint(
 
 
 def _listing(what: str, entries: list[str]) -> str:
-    """Counts entries and names the first five; empty for none."""
+    """Count entries and name the first five; empty for none."""
     if not entries:
         return ""
     more = ", ..." if len(entries) > 5 else ""
@@ -430,14 +248,3 @@ def _listing(what: str, entries: list[str]) -> str:
 
 def _shape(tensor: Tensor) -> str:
     return "x".join(str(size) for size in tensor.shape) or "scalar"
-
-
-def _describe_foreign(head: bytes) -> str:
-    for magic, what in _FOREIGN.items():
-        if re.match(magic, head):
-            return what
-    return f"a file of another kind (its first bytes are {head[:8]!r})"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{error}".split()) or type(error).__name__

@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 from structconv_cli import __version__
+from structconv_cli.approximation import Approximation
 from structconv_cli.architecture import Architecture, build_model
 from structconv_cli.artifacts import approximation_on, load_artifacts, save_tensors, stamp
 from structconv_cli.checkpoint import Checkpoint, load_checkpoint, load_into, save_like
 from structconv_cli.cost import Cost, dense_cost, structured_cost
-from structconv_cli.dataset import Dataset, DataSpec, check_labels, load_dataset
+from structconv_cli.data_spec import DataSpec
+from structconv_cli.dataset import Dataset, check_labels, load_dataset
 from structconv_cli.errors import PlanError, StructconvError
 from structconv_cli.finetune import FineTuneResult, FineTuneSettings, finetune
 from structconv_cli.inventory import Inventory, first_channels, take_inventory
@@ -143,7 +145,7 @@ def convert(
             folder.write_info(_run_info(request, folder, inventory, plan, dense_file))
         verification = verify(
             load_artifacts(folder),
-            lambda: approximation_on(folder, lambda: data.batches(data.val, _EVALUATION_BATCH)),
+            lambda: _approximation(folder, data),
             observer,
         )
         write_json(verification, folder.verify_result)
@@ -178,13 +180,13 @@ def verify_run(path: Path, observer: Observer = SILENT) -> VerifyResult:
     except StructconvError as error:
         result = verify(artifacts, f"the data could not be loaded: {error}", observer)
     else:
-
-        def batches() -> object:
-            return data.batches(data.val, _EVALUATION_BATCH)
-
-        result = verify(artifacts, lambda: approximation_on(folder, batches), observer)  # type: ignore[arg-type]
+        result = verify(artifacts, lambda: _approximation(folder, data), observer)
     write_json(result, folder.verify_result)
     return result
+
+
+def _approximation(folder: RunFolder, data: Dataset) -> Approximation:
+    return approximation_on(folder, data.batches(data.val, _EVALUATION_BATCH))
 
 
 def _load_model(request: ConvertRequest) -> tuple[Checkpoint, nn.Module]:

@@ -63,29 +63,26 @@ def sum_pool_additions(spec: LayerSpec, structure: Structure, output_size: tuple
     The channel pool runs first, at every pixel that the reduced convolution can reach; the spatial
     pools follow on the c channels that remain.
     """
-    channels, *kernel = structure.reduced
-    if all(n == 1 for n in kernel) and kernel:
-        pooled = prod(output_size)  # the stride moves into the pool
-        reached = prod((o - 1) * s + n for o, s, n in _axes(spec, structure.dense, output_size))
-    else:
-        pooled = prod((o - 1) * s + n for o, s, n in _axes(spec, structure.reduced, output_size))
-        reached = prod((o - 1) * s + n for o, s, n in _axes(spec, structure.dense, output_size))
     channel_window, *windows = structure.windows
-    if not kernel:
-        pooled = reached = prod(output_size)
+    channels, *kernel = structure.reduced
+    if spec.kind == "linear":
+        reached = pooled = prod(output_size)
+    else:
+        reached = _reach(spec, structure.dense, output_size)
+        # Where nothing but a 1x1 kernel is left, the stride moves into the pool.
+        moved = all(n == 1 for n in kernel)
+        pooled = prod(output_size) if moved else _reach(spec, structure.reduced, output_size)
     by_channel = (structure.dense[0] - 1) * reached if channel_window > 1 else 0
     by_space = channels * pooled * sum(_doubling_additions(k) for k in windows)
     return spec.groups * (by_channel + by_space)
 
 
-def _axes(
-    spec: LayerSpec, sizes: tuple[int, ...], output_size: tuple[int, ...]
-) -> list[tuple[int, int, int]]:
-    """(outputs, stride, extent of the kernel on its input) per spatial axis."""
-    return [
-        (o, s, d * (n - 1) + 1)
+def _reach(spec: LayerSpec, sizes: tuple[int, ...], output_size: tuple[int, ...]) -> int:
+    """Pixels between the first and the last that a kernel of these sizes reads."""
+    return prod(
+        (o - 1) * s + d * (n - 1) + 1
         for o, s, d, n in zip(output_size, spec.stride, spec.dilation, sizes[1:], strict=True)
-    ]
+    )
 
 
 def _doubling_additions(window: int) -> int:

@@ -43,3 +43,8 @@ class RunFolderError(StructconvError):
 
 class BenchmarkError(StructconvError):
     """A benchmark cannot be run as asked."""
+
+
+def one_line(error: Exception) -> str:
+    """Put another library's message on one line; its class's name where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__

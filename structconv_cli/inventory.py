@@ -1,6 +1,7 @@
 """Which layers a model has: found in its module tree, met and measured in one forward pass."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -113,7 +114,9 @@ def take_inventory(model: nn.Module, images: torch.Tensor) -> Inventory:
     return Inventory(layers, unsupported + unreached, tuple(images.shape[1:]), output.shape[1])
 
 
-def _recorder(name: str, sizes: dict[str, tuple[int, ...]], calls: Counter[str]):  # type: ignore[no-untyped-def]
+def _recorder(
+    name: str, sizes: dict[str, tuple[int, ...]], calls: Counter[str]
+) -> Callable[[nn.Module, object, torch.Tensor], None]:
     def record(module: nn.Module, _: object, output: torch.Tensor) -> None:
         rows = output.shape[1:-1].numel() if isinstance(module, nn.Linear) else None
         size = (rows,) if rows is not None else tuple(output.shape[2:])

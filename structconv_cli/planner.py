@@ -31,7 +31,7 @@ def rule_plan(inventory: Inventory, n: int = 2, channels: float = 1.0) -> Plan:
     for layer in inventory.layers:
         name = layer.spec.name
         if name == first:
-            reason = "first convolution: it reads the image, has few channels and is sensitive"
+            reason = "first convolution: few input channels, and the most sensitive"
             entries.append(KeptLayer(name, reason))
         else:
             entries.append(_rule(layer, n, channels))

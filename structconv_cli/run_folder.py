@@ -2,14 +2,13 @@
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from structconv_cli.architecture import Architecture
-from structconv_cli.dataset import DataSpec
+from structconv_cli.data_spec import DataSpec
 from structconv_cli.errors import RunFolderError
 from structconv_cli.json_file import read_json, write_json
 
@@ -194,9 +193,9 @@ def new_run_folder(path: Path, force: bool) -> Iterator[RunFolder]:
     """
     check_destination(path, force)
     target = path.absolute()
-    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+    beside = target.with_name(f".{target.name}.{os.getpid()}.part")
+    beside.mkdir()
     try:
-        beside.chmod(0o755)
         yield RunFolder(beside)
         check_destination(path, force)
         if target.exists():

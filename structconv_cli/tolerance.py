@@ -43,7 +43,9 @@ def stored_weight_bound(
     Rounding W leaves the subspace by at most u ||W_o|| (norm of filter o); rounding a adds u E.
     """
     u = unit_roundoff(weight.dtype)
-    filters: torch.Tensor = weight.double().flatten(1).norm(dim=1).reshape(-1, *([1] * (weight.ndim - 1)))
+    filters: torch.Tensor = (
+        weight.double().flatten(1).norm(dim=1).reshape(-1, *([1] * (weight.ndim - 1)))
+    )
     tiny: float = torch.finfo(weight.dtype).tiny
     return 2 * u * (magnitude(coefficients, structure) + filters) + tiny
 

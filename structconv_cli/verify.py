@@ -133,11 +133,11 @@ def verify(
         layers = _check_layers(artifacts, observer)
     with observer.stage("layers in ONNX Runtime"):
         layers += _check_kernels(artifacts, observer)
-    with observer.stage("whole model, PyTorch against ONNX Runtime"):
+    with observer.stage("whole model in ONNX Runtime"):
         model = _check_model(artifacts)
     approximation = None
     if callable(approximate):
-        with observer.stage("structured against original, on data"):
+        with observer.stage("accuracy against the original"):
             approximation = approximate()
     exact = all(check.passed for check in (*layers, *model))
     return VerifyResult(

@@ -19,15 +19,9 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from pydantic import TypeAdapter
 
-from structconv_cli.benchmark import (
-    MINIMUM_ROUNDS,
-    RESOLUTION,
-    BenchmarkResult,
-    BenchmarkSettings,
-    benchmark,
-    compare_rounds,
-)
+from structconv_cli.benchmark import BenchmarkResult, BenchmarkSettings, benchmark
 from structconv_cli.errors import BenchmarkError
+from structconv_cli.speedup import MINIMUM_ROUNDS, RESOLUTION, compare_rounds
 
 SHORT = BenchmarkSettings(rounds=MINIMUM_ROUNDS, round_ms=1, warmup_ms=1)
 

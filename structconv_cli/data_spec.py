@@ -1,0 +1,61 @@
+"""What data to load, and how: recorded in a run folder, so that a later step loads the same."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from structconv_cli.errors import DataError
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """What to load, as recorded in a run folder: `DataSpec(**json)` restores it.
+
+    Attributes:
+        source: "digits", or the path of a folder or an .npz file, which is made absolute.
+        size: side in pixels to which images are scaled (shorter side) and centre-cropped; None
+            keeps them as they are, and then they must all be of one size.
+        mean: per channel, subtracted from values in [0, 1]; empty for 0.
+        std: per channel, divided by after that; empty for 1.
+        val_split: fraction of each class to validate on, for a source without a validation part.
+        seed: of the random choice behind `val_split`.
+    """
+
+    source: str
+    size: int | None = None
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    val_split: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.source != "digits":
+            object.__setattr__(self, "source", str(Path(self.source).expanduser().absolute()))
+        # JSON has no tuples.
+        object.__setattr__(self, "mean", tuple(self.mean))
+        object.__setattr__(self, "std", tuple(self.std))
+
+
+def check_spec(spec: DataSpec, channels: int) -> None:
+    """Check that a specification makes sense, for a model that takes `channels` channels.
+
+    Raises:
+        DataError: a value is out of its range, not finite, or not one for each channel.
+    """
+    if spec.size is not None and spec.size < 1:
+        raise DataError(f"The image size is {spec.size}: give a positive number of pixels.")
+    for name, values in (("mean", spec.mean), ("std", spec.std)):
+        if values and len(values) != channels:
+            raise DataError(
+                f"The {name} has {len(values)} values {values}, but the model takes {channels} "
+                f"channels: give {channels}, one for each."
+            )
+        if not all(math.isfinite(value) for value in values):
+            raise DataError(f"The {name} is {values}: give finite numbers.")
+    if any(value <= 0 for value in spec.std):
+        raise DataError(f"The std is {spec.std}: give numbers above zero.")
+    if spec.val_split is not None and not 0 < spec.val_split < 1:
+        raise DataError(
+            f"The validation split is {spec.val_split}: give a fraction between 0 and 1, for "
+            "example --val-split 0.1."
+        )

@@ -1,0 +1,26 @@
+"""Whether data fits the memory: asked before it is read, as the system would end the process."""
+
+import psutil
+
+from structconv_cli.errors import DataError
+
+_MEMORY_SHARE = 0.6
+
+
+def require_memory(need: int, what: str, remedy: str) -> None:
+    """Check that data will fit, and leave room for the training that follows.
+
+    Args:
+        need: bytes that the data will take.
+        what: the data's name, for the message.
+        remedy: what to do if it does not fit, for the message.
+
+    Raises:
+        DataError: the data would take more than 60 % of the memory available now.
+    """
+    available = psutil.virtual_memory().available
+    if need > _MEMORY_SHARE * available:
+        raise DataError(
+            f"The data {what} needs {need / 2**30:.1f} GiB of memory, more than "
+            f"{_MEMORY_SHARE:.0%} of the {available / 2**30:.1f} GiB available: {remedy}."
+        )

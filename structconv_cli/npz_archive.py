@@ -1,0 +1,170 @@
+"""Images and labels from a NumPy `.npz` archive."""
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from structconv_cli.data_spec import DataSpec
+from structconv_cli.errors import DataError, one_line
+from structconv_cli.memory import require_memory
+from structconv_cli.split import (
+    Parts,
+    Split,
+    refuse_val_split,
+    require_val_split,
+    split_stratified,
+)
+
+_MOST_CLASSES = 100_000
+
+
+def load_npz(spec: DataSpec, path: Path, channels: int) -> Parts:
+    """Read images x and class indices y (N,), or x_train, y_train, x_val and y_val.
+
+    Images are uint8, or floats of any width, in shape (N, C, H, W) or (N, H, W, C), taken as the
+    first where both fit; with one channel also in (N, H, W).
+
+    Raises:
+        DataError: the archive is damaged, too large for the memory, lacks an array, has one of
+            another shape or dtype or with NaN or infinity, or is at odds with `spec`.
+    """
+    arrays = read_arrays(path)
+    own = {"x_train", "y_train", "x_val", "y_val"}
+    if own & arrays.keys():
+        names = own
+        found = "x_val and y_val"
+    else:
+        names = {"x", "y"}
+        found = "x and y"
+    if missing := sorted(names - arrays.keys()):
+        raise DataError(
+            f"The archive {path} lacks {', '.join(missing)} (it has "
+            f"{', '.join(sorted(arrays)) or 'no arrays'}): it must hold x and y, or x_train, "
+            "y_train, x_val and y_val."
+        )
+    if names == own:
+        refuse_val_split(spec, found)
+        train = _make_split(path, arrays, "_train", spec, channels)
+        val = _make_split(path, arrays, "_val", spec, channels)
+        if train.images.shape[1:] != val.images.shape[1:]:
+            raise DataError(
+                f"The archive {path} has training images of shape {tuple(train.images.shape[1:])} "
+                f"but validation images of shape {tuple(val.images.shape[1:])}: make them equal, "
+                "or give --size."
+            )
+    else:
+        fraction = require_val_split(spec, found)
+        everything = _make_split(path, arrays, "", spec, channels)
+        indices = split_stratified(everything.labels.numpy(), fraction, spec.seed)
+        train, val = (Split(everything.images[i], everything.labels[i]) for i in indices)
+    count = 1 + max((int(part.labels.max()) for part in (train, val) if len(part)), default=-1)
+    return Parts(train, val, tuple(str(label) for label in range(count)))
+
+
+def read_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
+    """Read all arrays of an archive, by their names.
+
+    Raises:
+        DataError: the file is not such an archive, or damaged, or too large for the memory.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            need = sum(entry.file_size for entry in archive.infolist())
+            plain = all(entry.filename.endswith(".npy") for entry in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise DataError(
+            f"The data {path} is not an .npz archive, or a damaged one ({error}): give a folder of "
+            "images in class sub-folders, or a file written by numpy.savez."
+        ) from error
+    if not plain:
+        raise DataError(
+            f"The data {path} is a zip archive of other files than arrays: unpack it and give the "
+            "folder, or give a file written by numpy.savez."
+        )
+    require_memory(need, str(path), "use a smaller archive")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except Exception as error:
+        # NumPy's header parser and the decompressor raise many kinds on damaged bytes.
+        raise DataError(
+            f"The archive {path} cannot be read ({one_line(error)}): it must hold "
+            "plain arrays of numbers, without Python objects; save it again with numpy.savez."
+        ) from error
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """Crop images (N, C, H, W) to the central square and scale it to `size` pixels, bilinearly."""
+    height, width = images.shape[2:]
+    if (height, width) == (size, size):
+        return images
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = images[:, :, top : top + side, left : left + side]
+    parts = [
+        F.interpolate(part, (size, size), mode="bilinear", antialias=size < side)
+        for part in torch.split(square, 1024)
+    ]
+    return torch.cat(parts) if parts else square.new_zeros((0, images.shape[1], size, size))
+
+
+def _make_split(
+    path: Path, arrays: Mapping[str, npt.NDArray[Any]], part: str, spec: DataSpec, channels: int
+) -> Split:
+    x, y = arrays["x" + part], arrays["y" + part]
+    if y.ndim != 1 or y.dtype.kind not in "iu":
+        raise DataError(
+            f"y{part} in {path} has shape {y.shape} and dtype {y.dtype}: it must hold one whole "
+            "number per image, its class index, in shape (N,)."
+        )
+    if len(x.shape) == 0 or len(x) != len(y):
+        raise DataError(
+            f"x{part} in {path} has shape {x.shape} but y{part} has {len(y)} labels: there must be "
+            "one label per image."
+        )
+    if len(y) and not 0 <= y.min() <= y.max() < _MOST_CLASSES:
+        raise DataError(
+            f"y{part} in {path} has labels from {y.min()} to {y.max()}: they must be class indices "
+            f"counted from 0, below {_MOST_CLASSES}."
+        )
+    images = torch.from_numpy(_arrange(path, "x" + part, x, channels))
+    if images.is_floating_point() and not images.isfinite().all():
+        bad = int((~images.isfinite()).flatten(1).any(1).sum())
+        raise DataError(
+            f"x{part} in {path} has NaN or infinity in {bad} of {len(x)} images: remove them."
+        )
+    if spec.size is not None:
+        images = resize(images, spec.size)
+    return Split(images, torch.from_numpy(y.astype(np.int64)))
+
+
+def _arrange(
+    path: Path, name: str, x: npt.NDArray[Any], channels: int
+) -> npt.NDArray[np.uint8 | np.float32]:
+    """Bring x to (N, C, H, W), and to uint8 or float32."""
+    if x.dtype != np.uint8 and x.dtype not in (np.float16, np.float32, np.float64):
+        raise DataError(
+            f"{name} in {path} has dtype {x.dtype}: save it as uint8 (0 to 255) or as a float type "
+            "(0 to 1)."
+        )
+    if x.ndim == 3 and channels == 1:
+        x = x[:, np.newaxis]
+    elif x.ndim == 4 and x.shape[1] != channels and x.shape[3] == channels:
+        x = x.transpose(0, 3, 1, 2)
+    elif x.ndim != 4 or x.shape[1] != channels:
+        raise DataError(
+            f"{name} in {path} has shape {x.shape}, but the model takes {channels} channels: it "
+            f"must be (N, {channels}, H, W) or (N, H, W, {channels})"
+            + (", or (N, H, W)." if channels == 1 else ".")
+        )
+    if 0 in x.shape[1:]:
+        raise DataError(f"{name} in {path} has shape {x.shape}: its images have no pixels.")
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(x, np.uint8 if x.dtype == np.uint8 else np.float32)

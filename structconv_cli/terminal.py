@@ -1,0 +1,59 @@
+"""What a person sees while work goes on: stages with ticks, steps with a bar and the time left."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+from structconv_cli.progress import SILENT, Observer
+
+
+class TerminalObserver(Observer):
+    """Draws the current stage as a live line, and leaves one ticked line for each that is done."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=16),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("[dim]{task.fields[note]}"),
+            console=console,
+            transient=True,
+        )
+        self._task = self._progress.add_task("", visible=False, note="")
+        self._note = ""
+
+    @contextmanager
+    def stage(self, title: str) -> Iterator[None]:
+        """Show the stage, and tick it when it is done."""
+        self._note, start = "", time.perf_counter()
+        self._progress.reset(self._task, description=title, total=None, visible=True, note="")
+        mark = "[red]✗[/]"
+        with self._progress:
+            try:
+                yield
+                mark = "[green]✓[/]"
+            finally:
+                seconds = f"{time.perf_counter() - start:.1f} s"
+                line = f"{mark} {escape(title):<32} [dim]{seconds:>8}[/]  {escape(self._note)}"
+                self._progress.update(self._task, visible=False)
+                self._progress.console.print(line.rstrip(), highlight=False)
+
+    def steps(self, done: int, total: int) -> None:
+        """Move the bar."""
+        self._progress.update(self._task, completed=done, total=total)
+
+    def note(self, text: str) -> None:
+        """Show a line of outcome beside the bar, and behind the tick in the end."""
+        self._note = text
+        self._progress.update(self._task, note=text)
+
+
+def observer_for(console: Console) -> Observer:
+    """A live observer on a terminal, a silent one elsewhere."""
+    return TerminalObserver(console) if console.is_terminal else SILENT

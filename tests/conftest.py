@@ -1,0 +1,52 @@
+"""Shared fixtures: a small model and dataset that the whole pipeline runs on in seconds."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+TINY = """
+import torch
+from torch import nn
+
+class Tiny(nn.Module):
+    def __init__(self, channels, classes):
+        super().__init__()
+        self.stem = nn.Conv2d(channels, 8, 3, padding=1)
+        self.conv = nn.Conv2d(8, 16, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(16)
+        self.head = nn.Linear(16, classes)
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.conv(torch.relu(self.stem(x)))))
+        return self.head(x.mean((2, 3)))
+
+def tiny(channels=1, classes=3):
+    return Tiny(channels, classes)
+
+def linear_only():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+
+def pointwise():
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(4, 3),
+    )
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with tiny.py, tiny.pt (untrained weights) and data.npz (3 classes, 8x8, gray)."""
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "tiny.py").write_text(TINY)
+    namespace: dict[str, object] = {}
+    exec(TINY, namespace)
+    torch.manual_seed(0)
+    torch.save(namespace["tiny"]().state_dict(), folder / "tiny.pt")  # type: ignore[operator]
+    rng = np.random.default_rng(0)
+    y = np.arange(240) % 3
+    x = rng.integers(0, 80, (240, 8, 8)) + 60 * y[:, None, None]
+    np.savez(folder / "data.npz", x=x.astype(np.uint8), y=y)
+    return folder

@@ -1,0 +1,80 @@
+"""Every structconv command and snippet of the README, run as it stands there."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, tiny: Path) -> Path:
+    """model.py, model.pt and images/ as the README's reader would have them."""
+    source = (tiny / "tiny.py").read_text()
+    (tmp_path / "model.py").write_text(
+        source + "\ndef build(classes):\n    return Tiny(3, classes)\n"
+    )
+    namespace: dict[str, object] = {}
+    exec(source, namespace)
+    torch.save(namespace["tiny"](3, 3).state_dict(), tmp_path / "model.pt")  # type: ignore[operator]
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 30), ("val", 10)):
+        for label in range(3):
+            folder = tmp_path / "images" / part / f"class{label}"
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = rng.integers(0, 80, (40, 32, 3)) + 60 * label
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index}.png")
+    return tmp_path
+
+
+def test_commands_and_snippets(workplace: Path) -> None:
+    commands = [
+        line.split("  #")[0]
+        for block in blocks("sh")
+        for line in block.splitlines()
+        if line and not line.startswith("make ")
+    ]
+    assert len([line for line in commands if line.startswith("structconv ")]) >= 6
+    for line in commands:
+        words = shlex.split(line)
+        if words[0] == "structconv":
+            words = [sys.executable, "-m", "structconv_cli", *words[1:]]
+        done = subprocess.run(words, cwd=workplace, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+    for snippet in blocks("python"):
+        done = subprocess.run(
+            [sys.executable, "-c", snippet],
+            cwd=workplace,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+
+
+def test_every_file_that_the_readme_lists_is_written(workplace: Path) -> None:
+    words = shlex.split(
+        next(x for x in blocks("sh")[1].splitlines() if x.startswith("structconv convert"))
+    )
+    subprocess.run(
+        [sys.executable, "-m", "structconv_cli", *words[1:], "--epochs", "0"],
+        cwd=workplace,
+        check=True,
+        capture_output=True,
+    )
+    table = README.split("## What you get")[1].split("Use it like")[0]
+    listed = set(re.findall(r"`([a-z_]+\.[a-z]+)`", table)) - {"benchmark.json"}
+    assert listed == {path.name for path in (workplace / "structconv-run").iterdir()}
