@@ -5,6 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from structconv_cli.eval_mode import eval_mode
+
 
 @torch.no_grad()
 def reestimate_batch_norm(model: nn.Module, batches: Iterable[torch.Tensor]) -> int:
@@ -25,18 +27,16 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[torch.Tensor]) -> 
     ]
     if not norms:
         return 0
-    was_training = model.training
     momenta = [norm.momentum for norm in norms]
-    model.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a cumulative average, rather than an exponential one
-        norm.train()
-    try:
-        for images in batches:
-            model(images)
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        model.train(was_training)
+    with eval_mode(model):
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a cumulative average, rather than an exponential one
+            norm.train()
+        try:
+            for images in batches:
+                model(images)
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
     return len(norms)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from structconv_cli import __version__
+from structconv_cli import __version__, options
 from structconv_cli.errors import StructconvError
 
 if TYPE_CHECKING:
@@ -62,117 +62,26 @@ def _top(
     "--arch sample_models/resnet_cifar.py:resnet20 --arch-arg in_channels=1 --data digits"
 )
 def convert(
-    checkpoint: Annotated[Path, typer.Argument(help="Trained weights: a state_dict file.")],
-    arch: Annotated[
-        str,
-        typer.Option(
-            rich_help_panel="Model",
-            help="FILE.py:FACTORY, the function that builds the model. It is run.",
-        ),
-    ],
-    data: Annotated[
-        str,
-        typer.Option(
-            rich_help_panel="Data",
-            help="`digits` (the bundled sample), a folder of class folders of images (or of train/ "
-            "and val/ with these), or an .npz of x and y.",
-        ),
-    ],
-    arch_arg: Annotated[
-        list[str] | None,
-        typer.Option(
-            rich_help_panel="Model",
-            metavar="KEY=VALUE",
-            help="Argument of the factory; may be repeated.",
-        ),
-    ] = None,
-    out: Annotated[
-        Path, typer.Option(rich_help_panel="Run folder", help="Run folder to write.")
-    ] = Path("structconv-run"),
-    force: Annotated[
-        bool,
-        typer.Option(
-            "--force", rich_help_panel="Run folder", help="Replace an existing run folder."
-        ),
-    ] = False,
-    n: Annotated[
-        int, typer.Option(rich_help_panel="Structure", help="Spatial size of the reduced kernels.")
-    ] = 2,
-    channels: Annotated[
-        float,
-        typer.Option(
-            rich_help_panel="Structure",
-            help="Fraction of the input channels to keep; 1 leaves them alone.",
-        ),
-    ] = 1.0,
-    plan: Annotated[
-        Path | None,
-        typer.Option(
-            rich_help_panel="Structure",
-            help="Plan file (as plan.json in a run folder), instead of --n, --channels.",
-        ),
-    ] = None,
-    epochs: Annotated[
-        int,
-        typer.Option(rich_help_panel="Fine-tuning", min=0, help="Epochs of fine-tuning in all."),
-    ] = 6,
-    sr_epochs: Annotated[
-        int | None,
-        typer.Option(
-            rich_help_panel="Fine-tuning",
-            min=0,
-            help="Epochs of these with structural regularisation, which end inside the structure; "
-            "the others tune inside it. By default a third.",
-        ),
-    ] = None,
-    sr_lambda: Annotated[
-        float,
-        typer.Option(
-            rich_help_panel="Fine-tuning",
-            min=0,
-            help="Weight of the structural regularisation loss.",
-        ),
-    ] = 0.1,
-    batch_size: Annotated[
-        int, typer.Option(rich_help_panel="Fine-tuning", min=2, help="Images per training step.")
-    ] = 64,
-    lr: Annotated[
-        float,
-        typer.Option(
-            rich_help_panel="Fine-tuning", min=0, help="Peak learning rate (SGD, cosine)."
-        ),
-    ] = 0.02,
-    augment: Annotated[
-        str,
-        typer.Option(
-            rich_help_panel="Data",
-            help="Random changes to training images: crop, flip, crop,flip or none.",
-        ),
-    ] = "crop",
-    size: Annotated[
-        int | None, typer.Option(rich_help_panel="Data", min=1, help="Scale images to SIZE x SIZE.")
-    ] = None,
-    mean: Annotated[
-        str,
-        typer.Option(
-            rich_help_panel="Data", help="Per channel, on values in 0..1: 0.485,0.456,0.406."
-        ),
-    ] = "",
-    std: Annotated[
-        str, typer.Option(rich_help_panel="Data", help="Per channel: 0.229,0.224,0.225.")
-    ] = "",
-    val_split: Annotated[
-        float | None,
-        typer.Option(
-            rich_help_panel="Data", help="Fraction to validate on, if the data has no such part."
-        ),
-    ] = None,
-    seed: Annotated[
-        int,
-        typer.Option(
-            rich_help_panel="Fine-tuning", min=0, help="Seed of splits, order and augmentation."
-        ),
-    ] = 0,
+    checkpoint: options.Checkpoint,
+    arch: options.Arch,
+    data: options.Data,
+    arch_arg: options.ArchArg = None,
+    out: options.Out = Path("structconv-run"),
+    force: options.Force = False,
+    n: options.N = 2,
+    channels: options.Channels = 1.0,
+    plan: options.PlanFile = None,
+    epochs: options.Epochs = 6,
+    sr_epochs: options.SrEpochs = None,
+    sr_lambda: options.SrLambda = 0.1,
+    batch_size: options.BatchSize = 64,
+    lr: options.LearningRate = 0.02,
+    augment: options.Augment = "crop",
+    size: options.Size = None,
+    mean: options.Mean = "",
+    std: options.Std = "",
+    val_split: options.ValSplit = None,
+    seed: options.Seed = 0,
 ) -> None:
     """Fine-tune a trained CNN into its structured form, rewrite, export and verify it."""
     console = Console()

@@ -8,6 +8,7 @@ before they are multiplied, and single-channel masks select channels, with no ad
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
@@ -68,7 +69,7 @@ class CompositeBasis:
     def reconstruct(self, coefficients: torch.Tensor) -> torch.Tensor:
         """The weight (C_out, s_1, .., s_r, *free) that these coefficients stand for, in float64."""
         outputs, _, *free = coefficients.shape
-        flat = self._flat.T @ coefficients.double().flatten(2)
+        flat = self._flat.T @ coefficients.double().reshape(*coefficients.shape[:2], -1)
         return flat.reshape(outputs, *self.elements.shape[1:], *free)
 
     def project(self, weight: torch.Tensor) -> torch.Tensor:
@@ -86,7 +87,7 @@ class CompositeBasis:
                 f"a weight of shape {tuple(weight.shape)} does not fit a basis over {sizes}: "
                 f"expected (C_out, {', '.join(map(str, sizes))}, ...)."
             )
-        return weight.flatten(1, len(sizes)).flatten(2)
+        return weight.reshape(weight.shape[0], prod(sizes), -1)
 
 
 def channel_masks(groups: Sequence[Sequence[int]], channels: int) -> CompositeBasis:

@@ -64,25 +64,23 @@ def sum_pool_additions(spec: LayerSpec, structure: Structure, output_size: tuple
     pools follow on the c channels that remain.
     """
     channel_window, *windows = structure.windows
-    channels, *kernel = structure.reduced
-    if spec.kind == "linear":
-        reached = pooled = prod(output_size)
-    else:
-        reached = _reach(spec, structure.dense, output_size)
-        # Where nothing but a 1x1 kernel is left, the stride moves into the pool.
-        moved = all(n == 1 for n in kernel)
-        pooled = prod(output_size) if moved else _reach(spec, structure.reduced, output_size)
-    by_channel = (structure.dense[0] - 1) * reached if channel_window > 1 else 0
-    by_space = channels * pooled * sum(_doubling_additions(k) for k in windows)
-    return spec.groups * (by_channel + by_space)
-
-
-def _reach(spec: LayerSpec, sizes: tuple[int, ...], output_size: tuple[int, ...]) -> int:
-    """Pixels between the first and the last that a kernel of these sizes reads."""
-    return prod(
+    # Sizes of the plane that is pooled: what the dense kernel reaches, then axis by axis less.
+    plane = [
         (o - 1) * s + d * (n - 1) + 1
-        for o, s, d, n in zip(output_size, spec.stride, spec.dilation, sizes[1:], strict=True)
-    )
+        for o, s, d, n in zip(
+            output_size, spec.stride, spec.dilation, structure.dense[1:], strict=False
+        )
+    ] or list(output_size)
+    additions = (structure.dense[0] - 1) * prod(plane) if channel_window > 1 else 0
+    for axis, window in enumerate(windows):
+        reduced, stride = structure.reduced[1 + axis], spec.stride[axis]
+        if reduced == 1 and stride > 1:  # the stride moves into the pool, which then shares nothing
+            plane[axis], per_element = output_size[axis], window - 1
+        else:
+            plane[axis] -= spec.dilation[axis] * (window - 1)
+            per_element = _doubling_additions(window)
+        additions += structure.reduced[0] * prod(plane) * per_element
+    return spec.groups * additions
 
 
 def _doubling_additions(window: int) -> int:

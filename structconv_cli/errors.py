@@ -21,8 +21,11 @@ class DataError(StructconvError):
     """A dataset cannot be read, or does not fit the model."""
 
 
-class StructureError(StructconvError):
-    """A structure is impossible, or does not belong to the tensor it is applied to."""
+class StructureError(StructconvError, ValueError):
+    """A structure is impossible, or does not belong to the tensor it is applied to.
+
+    Also a ValueError, so that reading a plan reports the place of an impossible structure.
+    """
 
 
 class PlanError(StructconvError):

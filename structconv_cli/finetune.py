@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -131,17 +132,27 @@ class _Tuning:
         self.settings, self.observer = settings, observer
         self.weights = list(structured_parameters(model, structures).values())
         self.generator = torch.Generator().manual_seed(settings.seed)
-        self.optimizer = torch.optim.SGD(
-            [p for p in model.parameters() if p.requires_grad],
-            lr=settings.learning_rate,
-            momentum=0.9,
-            nesterov=True,
-            weight_decay=settings.weight_decay,
-        )
         self.steps_per_epoch = max(1, len(data.train.labels) // settings.batch_size)
         self.step = 0
         self.stages: list[StageResult] = []
         self.epochs: list[EpochResult] = []
+
+    @cached_property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Made when training begins: a frozen model can still be projected."""
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        if not trained:
+            raise TrainingError(
+                "the model has no parameter to train: all are frozen (requires_grad=False). "
+                "Unfreeze some in the factory, or use --epochs 0."
+            )
+        return torch.optim.SGD(
+            trained,
+            lr=self.settings.learning_rate,
+            momentum=0.9,
+            nesterov=True,
+            weight_decay=self.settings.weight_decay,
+        )
 
     def stage(self, name: str, work: Callable[[], None]) -> None:
         with self.observer.stage(name):
@@ -150,6 +161,8 @@ class _Tuning:
             seconds = time.perf_counter() - start
             split = self.data.val
             evaluation = evaluate(self.model, self.data.batches(split, _EVALUATION_BATCH))
+            if self.step:
+                self._require_finite(evaluation.loss, f"after the {name} stage")
             self.stages.append(StageResult(name, evaluation, self._max_residual(), seconds))
             self.observer.note(f"accuracy {evaluation.accuracy:.2f} %")
 
@@ -199,17 +212,19 @@ class _Tuning:
         hold: Callable[[], None],
     ) -> None:
         total = epochs * self.steps_per_epoch
+        optimizer = self.optimizer
         self.model.train()
         for epoch in range(epochs):
             losses = 0.0
             for done, (images, labels) in enumerate(self._training_batches()):
-                self._set_learning_rate()
+                self._set_learning_rate(optimizer)
                 loss = task_loss(self.model(images), labels)
-                losses += self._finite(loss, phase, epoch)
+                losses += float(loss.detach())
+                self._require_finite(losses, f"in epoch {epoch + 1} of the {phase} phase")
                 objective = loss if pull is None else loss + pull()
-                self.optimizer.zero_grad(set_to_none=True)
+                optimizer.zero_grad(set_to_none=True)
                 objective.backward()  # type: ignore[no-untyped-call]
-                self.optimizer.step()
+                optimizer.step()
                 self.step += 1
                 hold()
                 self.observer.steps(epoch * self.steps_per_epoch + done + 1, total)
@@ -228,23 +243,20 @@ class _Tuning:
         for _, batch in zip(range(self.steps_per_epoch), batches, strict=False):
             yield batch
 
-    def _set_learning_rate(self) -> None:
+    def _set_learning_rate(self, optimizer: torch.optim.Optimizer) -> None:
         total = self.settings.epochs * self.steps_per_epoch
         warm_up = max(1, total // 20)
         cosine = (1 + math.cos(math.pi * self.step / total)) / 2
         rate = self.settings.learning_rate * min(1.0, (self.step + 1) / warm_up) * cosine
-        for group in self.optimizer.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = rate
 
-    def _finite(self, loss: torch.Tensor, phase: str, epoch: int) -> float:
-        value = float(loss.detach())
-        if not math.isfinite(value):
+    def _require_finite(self, loss: float, when: str) -> None:
+        if not math.isfinite(loss):
             raise TrainingError(
-                f"the training loss became {value} in epoch {epoch + 1} of the {phase} phase. "
-                f"Lower --lr (now {self.settings.learning_rate}), and check that --mean and --std "
-                "are those the model was trained with."
+                f"the loss became {loss} {when}. Lower --lr (now {self.settings.learning_rate}), "
+                "and check that --mean and --std are those the model was trained with."
             )
-        return value
 
     def _max_residual(self) -> float:
         return max(residuals(self.model, self.structures).values(), default=0.0)

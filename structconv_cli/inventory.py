@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from structconv_cli.errors import ArchitectureError
+from structconv_cli.errors import ArchitectureError, one_line
+from structconv_cli.eval_mode import eval_mode
 from structconv_cli.layer_spec import CONVOLUTIONS, LayerSpec, spec_of
 
 _PLAIN = (*CONVOLUTIONS, nn.Linear)
@@ -84,17 +85,14 @@ def take_inventory(model: nn.Module, images: torch.Tensor) -> Inventory:
     for name, module in model.named_modules():
         if type(module) in _PLAIN and name not in refused:
             handles.append(module.register_forward_hook(_recorder(name, sizes, calls)))
-    was_training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), eval_mode(model):
             output = model(images)
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+    except Exception as error:  # noqa: BLE001 - the user's forward may raise anything
         raise ArchitectureError(_forward_failure(model, images, error)) from None
     finally:
         for handle in handles:
             handle.remove()
-        model.train(was_training)
     if not isinstance(output, torch.Tensor) or output.ndim != 2:
         found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         raise ArchitectureError(
@@ -151,10 +149,13 @@ def _unsupported(model: nn.Module) -> tuple[Unsupported, ...]:
             if other != name
         }
         if shared:
-            reason = f"it shares its weight with {', '.join(sorted(shared))}"
+            owner = ", ".join(name or "the model itself" for name in sorted(shared))
+            reason = f"it shares its weight with {owner}"
             found.append(Unsupported(name, reason))
         elif "weight" not in module._parameters:
             found.append(Unsupported(name, "its weight is parametrised (computed on the fly)"))
+        elif module._forward_hooks or module._forward_pre_hooks:
+            found.append(Unsupported(name, "it has forward hooks, which would be lost"))
     return tuple(found)
 
 
@@ -168,6 +169,6 @@ def _forward_failure(model: nn.Module, images: torch.Tensor, error: Exception) -
             f"model for {images.shape[1]} (--arch-arg)."
         )
     return (
-        f"the model does not run on images of shape {shape}: {str(error).splitlines()[0]}. "
+        f"the model does not run on images of shape {shape}: {one_line(error)}. "
         "Check --size and --arch-arg."
     )

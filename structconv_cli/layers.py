@@ -119,5 +119,6 @@ def structure_module(name: str, module: nn.Module, structure: Structure) -> Stru
         layer.weight.copy_(structure.coefficients(weight.double()))
         if layer.bias is not None:
             layer.bias.copy_(module.get_parameter("bias"))
-    layer.weight.requires_grad_(module.get_parameter("weight").requires_grad)
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(module.get_parameter(name).requires_grad)
     return layer.train(module.training)

@@ -1,6 +1,7 @@
 """The plan: which structure every layer gets, or why it is kept dense. Data only."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,7 +9,7 @@ from pathlib import Path
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from structconv_cli.errors import PlanError, StructureError
+from structconv_cli.errors import PlanError
 from structconv_cli.structure import Structure
 
 
@@ -82,13 +83,21 @@ def read_plan(path: Path) -> Plan:
         return PLAN_JSON.validate_json(path.read_bytes())
     except OSError as error:
         raise PlanError(f"cannot read the plan {path}: {error.strerror}.") from None
-    except StructureError as error:
-        raise PlanError(f"the plan {path} is not valid: {error}") from None
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the top level"
+        place = _place(path, first["loc"])
         raise PlanError(
             f"the plan {path} is not valid at {place}: {first['msg']}. Expected "
             '{"layers": [{"name": ..., "structure": {"dense": [...], "reduced": [...]}} or '
             '{"name": ..., "reason": ...}, ...]}, as in the plan.json of a run folder.'
         ) from None
+
+
+def _place(path: Path, location: tuple[int | str, ...]) -> str:
+    """Where an error is, with the layer's name if the file gives one there."""
+    place = ".".join(str(part) for part in location) or "the top level"
+    try:
+        name = json.loads(path.read_bytes())["layers"][location[1]]["name"]
+    except (ValueError, LookupError, TypeError):
+        return place
+    return f"{place} (layer {name})"

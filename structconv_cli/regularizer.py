@@ -29,12 +29,14 @@ def structural_loss(weights: Iterable[tuple[torch.Tensor, Structure]]) -> torch.
 def limit_residual(weight: torch.Tensor, structure: Structure, limit: float) -> None:
     """Shrink the residual of `weight`, in place, to at most `limit` of the weight's norm.
 
-    The projection is left alone. With limit 0 the weight is projected.
+    The projection is left alone. With limit 0 the weight is projected; from 1 on nothing changes.
     """
+    if limit >= 1:
+        return
     projection = structure.project(weight)
     residual = weight - projection
     # ||P W||^2 + r^2 = ||W'||^2 with r = limit ||W'|| gives the residual of the shrunk weight.
-    allowed = limit / math.sqrt(max(1 - limit**2, 1e-12)) * projection.norm()
+    allowed = limit / math.sqrt(1 - limit**2) * projection.norm()
     scale = (allowed / residual.norm().clamp_min(torch.finfo(weight.dtype).tiny)).clamp_max(1)
     weight.copy_(projection + scale * residual)
 

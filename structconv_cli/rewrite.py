@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from structconv_cli.errors import PlanError
+from structconv_cli.layer_spec import spec_of
 from structconv_cli.layers import structure_module
 from structconv_cli.structure import Structure
 
@@ -18,11 +19,14 @@ def structured_parameters(
 
     Raises:
         PlanError: the model has no such layer.
+        TypeError: a layer is not a plain convolution or linear layer.
     """
     modules = dict(model.named_modules())
     missing = [name for name in structures if name not in modules]
     if missing:
         raise PlanError(f"the model has no layer {missing[0]}, which the plan structures.")
+    for name in structures:
+        spec_of(name, modules[name])
     return {
         name: (modules[name].get_parameter("weight"), structure)
         for name, structure in structures.items()

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from structconv_cli.eval_mode import eval_mode
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -31,13 +33,11 @@ def task_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Evaluation:
     """Top-1 accuracy and loss over batches of prepared images and labels, in eval mode."""
-    was_training = model.training
-    model.eval()
     right, loss, images = 0, 0.0, 0
-    for inputs, labels in batches:
-        logits = model(inputs)
-        right += int((logits.argmax(1) == labels).sum())
-        loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
-        images += len(labels)
-    model.train(was_training)
+    with eval_mode(model):
+        for inputs, labels in batches:
+            logits = model(inputs)
+            right += int((logits.argmax(1) == labels).sum())
+            loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
+            images += len(labels)
     return Evaluation(100 * right / images, loss / images, images)

@@ -20,6 +20,7 @@ from torch import nn
 
 from structconv_cli.approximation import Approximation
 from structconv_cli.errors import OnnxError
+from structconv_cli.eval_mode import eval_mode
 from structconv_cli.exactness import Check, LayerWeights, check_layer, compare, random_input
 from structconv_cli.inventory import Inventory
 from structconv_cli.onnx.probe import (
@@ -107,13 +108,11 @@ def record_reference(
         name: torch.randn(size, *input_shape, generator=generator) for name, size in BATCHES.items()
     }
     inputs[REAL] = real[:_REAL_IMAGES]
-    was_training = model.training
-    model.eval()
     record = {}
-    for name, x in inputs.items():
-        record[f"{name}.input"] = x.contiguous()
-        record[f"{name}.output"] = model(x).contiguous()
-    model.train(was_training)
+    with eval_mode(model):
+        for name, x in inputs.items():
+            record[f"{name}.input"] = x.contiguous()
+            record[f"{name}.output"] = model(x).contiguous()
     return record
 
 

@@ -66,7 +66,7 @@ def convolutions(draw: st.DrawFn) -> tuple[nn.Module, torch.Tensor, Structure]:
     return module, torch.zeros(1, inputs, *sizes), structure
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(convolutions())
 def test_multiplications_and_parameters_are_those_of_the_modules(
     case: tuple[nn.Module, torch.Tensor, Structure],

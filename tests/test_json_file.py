@@ -12,7 +12,7 @@ from structconv_cli.approximation import Approximation
 from structconv_cli.architecture import Architecture
 from structconv_cli.convert import ConvertResult, LayerOutcome
 from structconv_cli.cost import Cost
-from structconv_cli.dataset import DataSpec
+from structconv_cli.data_spec import DataSpec
 from structconv_cli.errors import RunFolderError, StructconvError
 from structconv_cli.exactness import Check
 from structconv_cli.finetune import EpochResult, FineTuneResult, FineTuneSettings, StageResult
@@ -126,6 +126,13 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     with pytest.raises(Exception, match="Unable to serialize"):
         write_json(Broken(object()), path)
     assert read_json(path, Plan) == PLAN
+    assert [entry.name for entry in tmp_path.iterdir()] == ["value.json"]
+
+
+def test_a_write_that_cannot_take_its_place_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "value.json").mkdir()
+    with pytest.raises(OSError, match=r"value\.json"):
+        write_json(PLAN, tmp_path / "value.json")
     assert [entry.name for entry in tmp_path.iterdir()] == ["value.json"]
 
 

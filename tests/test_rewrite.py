@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "sample_models"))
 import resnet_cifar
 
 STRUCTURE = Structure((4, 3, 3), (3, 2, 2))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Many tiny operators: handing them to threads takes longer than running them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def conv() -> nn.Conv2d:
@@ -246,7 +256,7 @@ def every_block(model: nn.Module, n: int, share: float) -> dict[str, Structure]:
     }
 
 
-@pytest.mark.parametrize(("n", "share"), [(2, 1.0), (1, 1.0), (3, 0.5), (2, 0.5)])
+@pytest.mark.parametrize(("n", "share"), [(2, 1.0), (1, 1.0), (2, 0.5)])
 def test_resnet20_equals_its_projection(resnet: nn.Module, n: int, share: float) -> None:
     structures = every_block(resnet, n, share)
     assert len(structures) == 18

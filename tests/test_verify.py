@@ -1,6 +1,6 @@
 """Verification of a real run: exact as converted, and not after any damage to any of its files.
 
-One small run is converted for the whole session; every test works on a copy of its folder.
+One small run is converted for all of them; every test works on a copy of its folder.
 """
 
 import json
@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from structconv_cli.architecture import Architecture
 from structconv_cli.artifacts import PLAN_KEY, load_artifacts
 from structconv_cli.convert import ConvertRequest, ConvertResult, convert, verify_run
-from structconv_cli.dataset import DataSpec
+from structconv_cli.data_spec import DataSpec
+from structconv_cli.dataset import load_dataset
 from structconv_cli.errors import RunFolderError, StructconvError
 from structconv_cli.finetune import FineTuneSettings
 from structconv_cli.json_file import read_json, write_json
@@ -29,6 +30,7 @@ from structconv_cli.verify import VerifyResult, verify
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = ROOT / "sample_models"
+IMAGES = 100
 
 SPATIAL = "layer1.0.conv1"
 STRIDED = "layer2.0.conv1"
@@ -49,17 +51,33 @@ PLAN = Plan(
 )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Small tensors: PyTorch's worker threads would only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
 def converted(
+    one_thread: None,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, ConvertResult, VerifyResult]:
-    """The sample model, some layers structured in every way, without fine-tuning."""
+    """The sample model and some of its data, layers structured in every way, no fine-tuning."""
     folder = tmp_path_factory.mktemp("verify")
     write_json(PLAN, folder / "plan.json")
+    digits = load_dataset(DataSpec("digits"), channels=1)
+    arrays = {}
+    for part, split in (("train", digits.train), ("val", digits.val)):
+        arrays[f"x_{part}"] = split.images[:IMAGES].movedim(1, -1).numpy()
+        arrays[f"y_{part}"] = split.labels[:IMAGES].numpy()
+    np.savez(folder / "digits.npz", **arrays)
     request = ConvertRequest(
         checkpoint=SAMPLES / "resnet20_digits.pt",
         architecture=Architecture(f"{SAMPLES / 'resnet_cifar.py'}:resnet20", {"in_channels": 1}),
-        data=DataSpec("digits"),
+        data=DataSpec(str(folder / "digits.npz")),
         settings=FineTuneSettings(epochs=0, regularised_epochs=0),
         n=2,
         channels=1.0,
@@ -150,7 +168,7 @@ def test_a_converted_run_is_exact(converted: tuple[Path, ConvertResult, VerifyRe
         "real images",
     }
     assert verification.approximation is not None
-    assert verification.approximation.images == 450
+    assert verification.approximation.images == IMAGES
     assert read_json(path / "verify.json", VerifyResult) == verification
     assert read_json(path / "convert.json", ConvertResult) == result
 
@@ -278,23 +296,23 @@ def not_counting_the_border(model: onnx.ModelProto) -> None:
 
 
 def shifted_padding(model: onnx.ModelProto) -> None:
-    for node in model.graph.node:
-        if node.op_type == "AveragePool" and node.name.startswith(SPATIAL):
-            (pads,) = [a for a in node.attribute if a.name == "pads"]
-            pads.ints[:] = [0, 1, 2, 1]
+    (pads,) = [a for a in node_with(model, f"{CHANNEL}.weight").attribute if a.name == "pads"]
+    pads.ints[:] = [0, 1, 2, 1]
 
 
-@pytest.mark.parametrize("change", [not_counting_the_border, shifted_padding])
+@pytest.mark.parametrize(
+    ("change", "layer"), [(not_counting_the_border, SPATIAL), (shifted_padding, CHANNEL)]
+)
 def test_a_changed_node_of_a_layer_is_found(
-    run: RunFolder, change: Callable[[onnx.ModelProto], None]
+    run: RunFolder, change: Callable[[onnx.ModelProto], None], layer: str
 ) -> None:
-    """Errors at the border only, or that move the picture: the kernel alone does not show them."""
+    """The first errs at the border only, where the kernel does not show it."""
     before = run.structured_onnx.read_bytes()
     edit_graph(run.structured_onnx, change)
     assert run.structured_onnx.read_bytes() != before
     result = checks_only(run)
     assert not result.exact
-    assert result.first_diverging == SPATIAL
+    assert result.first_diverging == layer
 
 
 def drop_an_activation(model: onnx.ModelProto) -> None:
@@ -613,6 +631,14 @@ def test_the_users_code_is_never_run(run: RunFolder, tmp_path: Path) -> None:
     assert not marker.exists()
 
 
+def test_the_bundled_sample_data_are_found_by_name(run: RunFolder) -> None:
+    edit_json(run.info_file, lambda info: info["data"].update(source="digits"))
+    result = verify_run(run.path)
+    assert result.exact
+    assert result.approximation is not None
+    assert result.approximation.images == 450
+
+
 def test_missing_data_leave_exactness_as_it_is(run: RunFolder, tmp_path: Path) -> None:
     gone = tmp_path / "gone"
     edit_json(run.info_file, lambda info: info["data"].update(source=str(gone)))
@@ -641,12 +667,3 @@ def test_no_folder_and_an_empty_folder_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "absent", tmp_path):
         with pytest.raises(RunFolderError, match="run folder"):
             verify_run(path)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small tensors: PyTorch's worker threads would only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

@@ -1,0 +1,108 @@
+"""The options of `structconv convert`: their types, limits and help."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Checkpoint = Annotated[Path, typer.Argument(help="Trained weights: a state_dict file.")]
+Arch = Annotated[
+    str,
+    typer.Option(
+        rich_help_panel="Model",
+        help="FILE.py:FACTORY, the function that builds the model. It is run.",
+    ),
+]
+Data = Annotated[
+    str,
+    typer.Option(
+        rich_help_panel="Data",
+        help="`digits` (the bundled sample), a folder of class folders of images (or of train/ "
+        "and val/ with these), or an .npz of x and y.",
+    ),
+]
+ArchArg = Annotated[
+    list[str] | None,
+    typer.Option(
+        rich_help_panel="Model",
+        metavar="KEY=VALUE",
+        help="Argument of the factory; may be repeated.",
+    ),
+]
+Out = Annotated[Path, typer.Option(rich_help_panel="Run folder", help="Run folder to write.")]
+Force = Annotated[
+    bool,
+    typer.Option("--force", rich_help_panel="Run folder", help="Replace an existing run folder."),
+]
+N = Annotated[
+    int, typer.Option(rich_help_panel="Structure", help="Spatial size of the reduced kernels.")
+]
+Channels = Annotated[
+    float,
+    typer.Option(
+        rich_help_panel="Structure",
+        help="Fraction of the input channels to keep; 1 leaves them alone.",
+    ),
+]
+PlanFile = Annotated[
+    Path | None,
+    typer.Option(
+        rich_help_panel="Structure",
+        help="Plan file (as plan.json in a run folder), instead of --n, --channels.",
+    ),
+]
+Epochs = Annotated[
+    int,
+    typer.Option(rich_help_panel="Fine-tuning", min=0, help="Epochs of fine-tuning in all."),
+]
+SrEpochs = Annotated[
+    int | None,
+    typer.Option(
+        rich_help_panel="Fine-tuning",
+        min=0,
+        help="Epochs of these with structural regularisation, which end inside the structure; "
+        "the others tune inside it. By default a third.",
+    ),
+]
+SrLambda = Annotated[
+    float,
+    typer.Option(
+        rich_help_panel="Fine-tuning",
+        min=0,
+        help="Weight of the structural regularisation loss.",
+    ),
+]
+BatchSize = Annotated[
+    int, typer.Option(rich_help_panel="Fine-tuning", min=2, help="Images per training step.")
+]
+LearningRate = Annotated[
+    float,
+    typer.Option(rich_help_panel="Fine-tuning", min=0, help="Peak learning rate (SGD, cosine)."),
+]
+Augment = Annotated[
+    str,
+    typer.Option(
+        rich_help_panel="Data",
+        help="Random changes to training images: crop, flip, crop,flip or none.",
+    ),
+]
+Size = Annotated[
+    int | None, typer.Option(rich_help_panel="Data", min=1, help="Scale images to SIZE x SIZE.")
+]
+Mean = Annotated[
+    str,
+    typer.Option(rich_help_panel="Data", help="Per channel, on values in 0..1: 0.485,0.456,0.406."),
+]
+Std = Annotated[str, typer.Option(rich_help_panel="Data", help="Per channel: 0.229,0.224,0.225.")]
+ValSplit = Annotated[
+    float | None,
+    typer.Option(
+        rich_help_panel="Data", help="Fraction to validate on, if the data has no such part."
+    ),
+]
+Seed = Annotated[
+    int,
+    typer.Option(
+        rich_help_panel="Fine-tuning", min=0, help="Seed of splits, order and augmentation."
+    ),
+]
