@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from structconv_cli.errors import StructconvError
+
 Model = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
 
 
@@ -36,11 +38,20 @@ def compare_models(
     structured: Model,
     batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
 ) -> Approximation:
-    """Run both models over batches of prepared images (B, C, H, W) and labels (B,)."""
+    """Run both models over batches of prepared images (B, C, H, W) and labels (B,).
+
+    Raises:
+        StructconvError: the models put out different shapes, or do not run on these images.
+    """
     images = right_original = right_structured = agree = 0
     difference = 0.0
     for inputs, labels in batches:
         before, after = original(inputs.numpy()), structured(inputs.numpy())
+        if before.shape != after.shape:
+            raise StructconvError(
+                f"the original puts out {before.shape} for a batch, the structured model "
+                f"{after.shape}: they are not the same task."
+            )
         first, second = before.argmax(1), after.argmax(1)
         truth = labels.numpy()
         right_original += int((first == truth).sum())

@@ -10,14 +10,13 @@ import torch
 from safetensors.torch import load_file, save
 
 from structconv_cli import __version__
-from structconv_cli.approximation import Approximation, compare_models
 from structconv_cli.checkpoint import load_checkpoint
 from structconv_cli.errors import RunFolderError
 from structconv_cli.inventory import Inventory
 from structconv_cli.json_file import read_json
 from structconv_cli.onnx.export import load_onnx, set_metadata
 from structconv_cli.onnx.lower import LoweredLayer
-from structconv_cli.onnx.probe import Array, session
+from structconv_cli.onnx.probe import Array, dense_kernel, layer_nodes, run, session
 from structconv_cli.plan import Plan, read_plan
 from structconv_cli.run_folder import RunFolder
 from structconv_cli.verify import BATCHES, REAL, Artifacts
@@ -92,22 +91,10 @@ def load_artifacts(folder: RunFolder) -> Artifacts:
     return artifacts
 
 
-def approximation_on(
-    folder: RunFolder, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]
-) -> Approximation:
-    """Compare original.onnx and structured.onnx in ONNX Runtime over batches of a dataset."""
-    return compare_models(_runner(folder.original_onnx), _runner(folder.structured_onnx), batches)
-
-
-def _runner(path: Path) -> Callable[[Array], Array]:
+def run_onnx(path: Path) -> Callable[[Array], Array]:
+    """Load an ONNX file of one input and one output, as a function of images (B, C, H, W)."""
     runtime = session(load_onnx(path))
-    name = runtime.get_inputs()[0].name
-
-    def run(images: Array) -> Array:
-        output: Array = runtime.run(None, {name: images})[0]
-        return output
-
-    return run
+    return lambda images: run(runtime, images)[0]
 
 
 def _check_complete(folder: RunFolder, artifacts: Artifacts) -> None:
@@ -130,9 +117,30 @@ def _check_complete(folder: RunFolder, artifacts: Artifacts) -> None:
                     f"the {what} in {folder.path} hold {name}.weight as {found}; the plan says "
                     f"{(outputs, *sizes)}. Run `structconv convert` again."
                 )
-    for name in (*BATCHES, REAL):
-        for side in ("input", "output"):
-            if f"{name}.{side}" not in artifacts.reference:
+    for name, nodes in layer_nodes(artifacts.dense_onnx, list(artifacts.plan.structures)).items():
+        for node in nodes:
+            shape = dense_kernel(artifacts.dense_onnx, node)[0].shape
+            if shape != specs[name].weight_shape:
                 raise RunFolderError(
-                    f"{folder.reference} lacks {name}.{side}. Run `structconv convert` again."
+                    f"{folder.dense_onnx} holds {name}.weight as {shape}; the plan says "
+                    f"{specs[name].weight_shape}. Run `structconv convert` again."
                 )
+    _check_reference(folder, artifacts)
+
+
+def _check_reference(folder: RunFolder, artifacts: Artifacts) -> None:
+    for name in (*BATCHES, REAL):
+        images = artifacts.reference.get(f"{name}.input")
+        output = artifacts.reference.get(f"{name}.output")
+        expected = artifacts.inventory.input_shape, (artifacts.inventory.outputs,)
+        if (
+            images is None
+            or output is None
+            or (tuple(images.shape[1:]), tuple(output.shape[1:])) != expected
+            or images.dtype != torch.float32
+            or not 0 < len(images) == len(output)
+        ):
+            raise RunFolderError(
+                f"{folder.reference} does not hold {name} as float32 images of shape {expected[0]} "
+                f"and outputs of shape {expected[1]}. Run `structconv convert` again."
+            )

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from structconv_cli import __version__
-from structconv_cli.approximation import Approximation
+from structconv_cli.approximation import Model, compare_models
 from structconv_cli.architecture import Architecture, build_model
-from structconv_cli.artifacts import approximation_on, load_artifacts, save_tensors, stamp
+from structconv_cli.artifacts import load_artifacts, run_onnx, save_tensors, stamp
 from structconv_cli.checkpoint import Checkpoint, load_checkpoint, load_into, save_like
 from structconv_cli.cost import Cost, dense_cost, structured_cost
 from structconv_cli.data_spec import DataSpec
@@ -143,10 +143,9 @@ def convert(
             write_json(inventory, folder.inventory)
             dense_file = _dense_file(folder, checkpoint)
             folder.write_info(_run_info(request, folder, inventory, plan, dense_file))
+        models, batches = _both_models(folder), data.batches(data.val, _EVALUATION_BATCH)
         verification = verify(
-            load_artifacts(folder),
-            lambda: _approximation(folder, data),
-            observer,
+            load_artifacts(folder), lambda: compare_models(*models, batches), observer
         )
         write_json(verification, folder.verify_result)
         layers = _outcomes(inventory, plan, forms)
@@ -174,19 +173,22 @@ def verify_run(path: Path, observer: Observer = SILENT) -> VerifyResult:
     folder = RunFolder(path)
     info = folder.info()
     artifacts = load_artifacts(folder)
+    channels = artifacts.inventory.input_shape[0]
+    models = _both_models(folder)
     try:
         with observer.stage("data"):
-            data = load_dataset(info.data, channels=info.input_shape[0], progress=observer.steps)
+            data = load_dataset(info.data, channels=channels, progress=observer.steps)
     except StructconvError as error:
         result = verify(artifacts, f"the data could not be loaded: {error}", observer)
     else:
-        result = verify(artifacts, lambda: _approximation(folder, data), observer)
+        batches = data.batches(data.val, _EVALUATION_BATCH)
+        result = verify(artifacts, lambda: compare_models(*models, batches), observer)
     write_json(result, folder.verify_result)
     return result
 
 
-def _approximation(folder: RunFolder, data: Dataset) -> Approximation:
-    return approximation_on(folder, data.batches(data.val, _EVALUATION_BATCH))
+def _both_models(folder: RunFolder) -> tuple[Model, Model]:
+    return run_onnx(folder.original_onnx), run_onnx(folder.structured_onnx)
 
 
 def _load_model(request: ConvertRequest) -> tuple[Checkpoint, nn.Module]:

@@ -30,7 +30,7 @@ class DataSpec:
 
     def __post_init__(self) -> None:
         if self.source != "digits":
-            object.__setattr__(self, "source", str(Path(self.source).expanduser().absolute()))
+            object.__setattr__(self, "source", str(_absolute(Path(self.source))))
         # JSON has no tuples.
         object.__setattr__(self, "mean", tuple(self.mean))
         object.__setattr__(self, "std", tuple(self.std))
@@ -59,3 +59,10 @@ def check_spec(spec: DataSpec, channels: int) -> None:
             f"The validation split is {spec.val_split}: give a fraction between 0 and 1, for "
             "example --val-split 0.1."
         )
+
+
+def _absolute(path: Path) -> Path:
+    try:
+        return path.expanduser().absolute()
+    except RuntimeError:  # "~someone" of whom the system does not know
+        return path.absolute()

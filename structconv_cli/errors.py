@@ -48,6 +48,6 @@ class BenchmarkError(StructconvError):
     """A benchmark cannot be run as asked."""
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """Put another library's message on one line; its class's name where it says nothing."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -5,10 +5,12 @@ summands (`tolerance`). Nothing here knows how a structured layer was made: it s
 description of the dense layer, and inputs.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
+from pydantic import ConfigDict
 from torch import nn
 
 from structconv_cli.layer_spec import LayerSpec, pad_input
@@ -30,6 +32,8 @@ class Check:
         passed: whether every deviation stayed within its tolerance.
         detail: where and why it failed; empty if it passed.
     """
+
+    __pydantic_config__ = ConfigDict(ser_json_inf_nan="strings")
 
     subject: str
     what: str
@@ -97,21 +101,26 @@ def compare(
 ) -> Check:
     """A check that every element of `deviation` is at most its element of `allowed`.
 
-    The first axis but one is the channel that a failure names; NaN and Inf fail.
+    NaN and infinity fail, and so does an empty tensor.
     """
-    deviation, allowed = deviation.abs().double(), allowed.double()
-    finite = torch.isfinite(deviation)
-    margin = torch.where(finite, deviation / allowed, torch.inf)
-    worst = int(margin.argmax())
-    place = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), margin.shape))
+    deviation, allowed = deviation.abs().double(), allowed.double().expand(deviation.shape)
+    if not deviation.numel():
+        return Check(subject, what, None, 0.0, False, f"{describe} is empty")
+    fits = torch.isfinite(deviation) & (deviation <= allowed)
+    share = torch.nan_to_num(deviation / allowed, nan=1e300, posinf=1e300)
+    share = torch.where(torch.isfinite(deviation), share, torch.inf)
+    # 0 of 0 allowed is no share at all; and whatever does not fit comes before all that fits.
+    worst = int(torch.where(fits, torch.where(deviation == 0, 0.0, share), 1 + share).argmax())
+    place = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), deviation.shape))
     error, limit = float(deviation.flatten()[worst]), float(allowed.flatten()[worst])
-    if not bool(finite.all()):
-        detail = f"{describe} is not finite at {place} ({int((~finite).sum())} values)"
+    if fits.all():
+        return Check(subject, what, error, limit, True)
+    if not math.isfinite(error):
+        count = int((~torch.isfinite(deviation)).sum())
+        detail = f"{describe} is not finite at {place} ({count} values)"
         return Check(subject, what, None, limit, False, detail)
-    if error > limit:
-        detail = f"{describe} differs by {error:.3g} at {place}; rounding explains {limit:.3g}"
-        return Check(subject, what, error, limit, False, detail)
-    return Check(subject, what, error, limit, True)
+    detail = f"{describe} differs by {error:.3g} at {place}; rounding explains {limit:.3g}"
+    return Check(subject, what, error, limit, False, detail)
 
 
 def _check_weights(layer: LayerWeights) -> Check:

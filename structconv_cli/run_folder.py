@@ -1,5 +1,6 @@
 """The run folder: what `convert` leaves behind, and later steps work from."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -133,7 +134,7 @@ class RunFolder:
                 f"{FORMAT}. Run `structconv convert` again."
             )
         for role, name in info.files.items():
-            if Path(name).name != name or not (self.path / name).is_file():
+            if Path(name).name != name or not _is_file(self.path / name):
                 raise RunFolderError(
                     f"the run folder {self.path} lacks {name} ({role}), which its run.json lists. "
                     "Run `structconv convert` again."
@@ -164,10 +165,14 @@ def check_destination(path: Path, force: bool) -> None:
         RunFolderError: `path` exists and `force` is not given, or is not a run folder; or the
             folder that would hold it cannot be written.
     """
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
+    try:
+        taken = path.is_symlink() or (path.exists() and not path.is_dir())
+    except OSError as error:
+        raise RunFolderError(f"{path} cannot be used: {error.strerror}.") from None
+    if taken:
         raise RunFolderError(f"{path} is a file or a link, not a folder. Choose another --out.")
     if path.exists() and any(path.iterdir()):
-        if not (path / "run.json").is_file():
+        if not _is_run(path):
             raise RunFolderError(
                 f"{path} exists and is not a run folder, so it is never overwritten. Choose "
                 "another --out."
@@ -193,7 +198,7 @@ def new_run_folder(path: Path, force: bool) -> Iterator[RunFolder]:
     """
     check_destination(path, force)
     target = path.absolute()
-    beside = target.with_name(f".{target.name}.{os.getpid()}.part")
+    beside = target.with_name(f".structconv-{os.getpid()}.part")
     beside.mkdir()
     try:
         yield RunFolder(beside)
@@ -211,3 +216,19 @@ def new_run_folder(path: Path, force: bool) -> Iterator[RunFolder]:
             beside.rename(target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def _is_run(path: Path) -> bool:
+    """Whether a folder's run.json says that this tool wrote it, in any version."""
+    try:
+        written = json.loads((path / "run.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(written, dict) and str(written.get("format")).startswith("structconv-run/")

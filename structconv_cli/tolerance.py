@@ -43,11 +43,8 @@ def stored_weight_bound(
     Rounding W leaves the subspace by at most u ||W_o|| (norm of filter o); rounding a adds u E.
     """
     u = unit_roundoff(weight.dtype)
-    filters: torch.Tensor = (
-        weight.double().flatten(1).norm(dim=1).reshape(-1, *([1] * (weight.ndim - 1)))
-    )
     tiny: float = torch.finfo(weight.dtype).tiny
-    return 2 * u * (magnitude(coefficients, structure) + filters) + tiny
+    return 2 * u * (magnitude(coefficients, structure) + _filter_norms(weight)) + tiny
 
 
 def layer_bound(
@@ -63,13 +60,44 @@ def layer_bound(
 def kernel_bound(weight: torch.Tensor, structure: Structure) -> torch.Tensor:
     """Bound on |W - impulse response| of a float32 graph with this dense weight.
 
-    Each weight is then a sum of at most prod(min(window, reduced)) coefficients; four roundings are
-    allowed besides (scaling by the pool's area, the pool's division, batch-norm folding).
+    Along the kernel's axes each weight is a sum of coefficients, at most prod(min(window, reduced))
+    of them. Along the channels it is one weight of the difference form, or, for the last channel of
+    each of the k residue classes, the common sum less the others of its class. Four roundings are
+    allowed besides (the pool's area and division, batch-norm folding).
     """
-    coefficients = structure.coefficients(weight.double()).to(weight.dtype)
-    terms = prod(min(w, r) for w, r in zip(structure.windows, structure.reduced, strict=True))
-    computed = gamma(terms + 4, torch.float32) * magnitude(coefficients, structure)
-    return stored_weight_bound(weight, coefficients, structure) + computed
+    channels, *kernel = structure.reduced
+    spatial = Structure(structure.dense, (structure.dense[0], *kernel))
+    sizes = zip(spatial.windows[1:], kernel, strict=True)
+    terms = prod(min(window, reduced) for window, reduced in sizes)
+    parts = spatial.coefficients(structure.project(weight.double())).abs()
+    if structure.windows[0] > 1:
+        parts = _difference_parts(parts, channels)
+        terms += -(-(channels - 1) // structure.windows[0]) + 1
+    summed = spatial.expand(parts)
+    u = unit_roundoff(torch.float32)
+    rounded = 2 * u * (summed + _filter_norms(weight)) + torch.finfo(torch.float32).tiny
+    return rounded + gamma(terms + 4, torch.float32) * summed
+
+
+def _difference_parts(weight: torch.Tensor, channels: int) -> torch.Tensor:
+    """What each channel's response is summed from in the difference form: sums of magnitudes.
+
+    An upper bound: the common sum is at most the smallest sum of magnitudes of a class.
+    """
+    size = weight.shape[1]
+    window = size - channels + 1
+    classes = torch.arange(size) % window
+    sums = torch.zeros(len(weight), window, *weight.shape[2:], dtype=weight.dtype)
+    sums.index_add_(1, classes, weight)
+    common = sums.amin(1, keepdim=True)
+    tail = sums[:, classes[channels - 1 :]] + common
+    return torch.cat([weight[:, : channels - 1], tail], 1)
+
+
+def _filter_norms(weight: torch.Tensor) -> torch.Tensor:
+    """||W_o|| of every filter, float64, to be broadcast against W."""
+    norms: torch.Tensor = weight.double().flatten(1).norm(dim=1)
+    return norms.reshape(-1, *([1] * (weight.ndim - 1)))
 
 
 def model_tolerance(layers: Iterable[tuple[int, float]]) -> float:

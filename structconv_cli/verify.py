@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from structconv_cli.approximation import Approximation
-from structconv_cli.errors import OnnxError
+from structconv_cli.errors import OnnxError, StructconvError
 from structconv_cli.eval_mode import eval_mode
 from structconv_cli.exactness import Check, LayerWeights, check_layer, compare, random_input
 from structconv_cli.inventory import Inventory
@@ -27,6 +27,7 @@ from structconv_cli.onnx.probe import (
     dense_kernel,
     impulse_response,
     layer_nodes,
+    run,
     run_exposed,
     session,
 )
@@ -38,6 +39,7 @@ from structconv_cli.tolerance import kernel_bound, magnitude, model_tolerance
 BATCHES = {"batch 1": 1, "batch 2 (traced)": 2, "batch 5": 5}
 """Random inputs of the whole model; the export is traced with a batch of 2."""
 REAL = "real images"
+KEPT = "kept tensors"
 _REAL_IMAGES = 8
 _LAYER_IMAGES = 2
 
@@ -134,10 +136,7 @@ def verify(
         layers += _check_kernels(artifacts, observer)
     with observer.stage("whole model in ONNX Runtime"):
         model = _check_model(artifacts)
-    approximation = None
-    if callable(approximate):
-        with observer.stage("accuracy against the original"):
-            approximation = approximate()
+    approximation, missing = _measure(approximate, observer)
     exact = all(check.passed for check in (*layers, *model))
     return VerifyResult(
         exact=exact,
@@ -145,8 +144,20 @@ def verify(
         layers=tuple(layers),
         model=tuple(model),
         approximation=approximation,
-        approximation_missing="" if callable(approximate) else approximate,
+        approximation_missing=missing,
     )
+
+
+def _measure(
+    approximate: Callable[[], Approximation] | str, observer: Observer
+) -> tuple[Approximation | None, str]:
+    if isinstance(approximate, str):
+        return None, approximate
+    try:
+        with observer.stage("accuracy against the original"):
+            return approximate(), ""
+    except StructconvError as error:
+        return None, str(error)
 
 
 def _check_layers(artifacts: Artifacts, observer: Observer) -> list[Check]:
@@ -166,7 +177,20 @@ def _check_layers(artifacts: Artifacts, observer: Observer) -> list[Check]:
             real = torch.from_numpy(tensors[nodes[name][0].input[0]])
             checks += check_layer(layer, {"real": real}, padded=padded)[1:]
         observer.steps(done + 1, len(structures))
-    return checks
+    return [*checks, _check_kept(artifacts)]
+
+
+def _check_kept(artifacts: Artifacts) -> Check:
+    """What is not structured must be the same in both sets of weights, to the bit."""
+    dense, reduced = artifacts.dense, artifacts.reduced
+    rewritten = {f"{name}.weight" for name in artifacts.plan.structures}
+    for name in dict.fromkeys([*dense, *reduced]):
+        if name in rewritten or name.endswith("num_batches_tracked"):
+            continue
+        if name not in dense or name not in reduced or not torch.equal(dense[name], reduced[name]):
+            detail = f"{name} differs between the dense and the structured weights"
+            return Check(name.rpartition(".")[0], KEPT, None, 0.0, False, detail)
+    return Check("all others", KEPT, 0.0, 0.0, True)
 
 
 def _layer_weights(artifacts: Artifacts, name: str, structure: Structure) -> LayerWeights:
@@ -216,15 +240,19 @@ def _check_kernel(
 
 def _check_model(artifacts: Artifacts) -> list[Check]:
     tolerance = _model_tolerance(artifacts)
-    runner = session(artifacts.structured_onnx)
+    runtime = session(artifacts.structured_onnx)
     checks = []
     for name in (*BATCHES, REAL):
         expected = artifacts.reference[f"{name}.output"].double()
         images = artifacts.reference[f"{name}.input"].numpy()
         try:
-            output = torch.from_numpy(runner.run(None, {runner.get_inputs()[0].name: images})[0])
-        except RuntimeError as error:
-            checks.append(Check(name, "output", None, tolerance, False, str(error).splitlines()[0]))
+            output = torch.from_numpy(run(runtime, images)[0])
+        except OnnxError as error:
+            checks.append(Check(name, "output", None, tolerance, False, str(error)))
+            continue
+        if output.shape != expected.shape:
+            detail = f"the output's shape is {tuple(output.shape)}, not {tuple(expected.shape)}"
+            checks.append(Check(name, "output", None, tolerance, False, detail))
             continue
         deviation = (output.double() - expected) / expected.abs().max()
         allowed = torch.full_like(deviation, tolerance)
@@ -260,13 +288,14 @@ def _first_diverging(
     try:
         dense = run_exposed(artifacts.dense_onnx, images, list(outputs))
         lowered = run_exposed(artifacts.structured_onnx, images, list(outputs))
-    except (OnnxError, RuntimeError):
+    except OnnxError:
         return None
     tolerance = _model_tolerance(artifacts)
     for node in artifacts.dense_onnx.graph.node:
         for tensor in node.output:
             if tensor in outputs:
-                scale = np.abs(dense[tensor]).max()
-                if not np.abs(lowered[tensor] - dense[tensor]).max() <= tolerance * scale:
+                expected, found = dense[tensor], lowered[tensor]
+                room = tolerance * np.abs(expected).max()
+                if found.shape != expected.shape or not np.abs(found - expected).max() <= room:
                     return outputs[tensor]
     return None

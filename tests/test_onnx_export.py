@@ -1,5 +1,6 @@
 """Exporting: a dynamic batch, the parameters' names, no trace of the user's files, no output."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from onnx import helper, numpy_helper
 from torch import Tensor, nn
 from torch.nn import functional
 
+import structconv_cli
 from structconv_cli.errors import OnnxError
 from structconv_cli.onnx.export import OPSET, export_onnx, load_onnx, save_onnx, set_metadata
 
@@ -256,7 +258,13 @@ import warnings
 import torch
 from torch import nn
 from structconv_cli.onnx.export import export_onnx
-model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 2))
+class Talking(nn.Module):
+    def forward(self, x):
+        print("tracing")
+        return x
+model = nn.Sequential(
+    Talking(), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 2)
+)
 export_onnx(model, torch.zeros(2, 3, 8, 8))
 """
 
@@ -274,10 +282,6 @@ def test_export_prints_nothing() -> None:
 
 
 def _environment() -> dict[str, str]:
-    import os
-
-    import structconv_cli
-
     package = Path(structconv_cli.__file__).parents[1]
     return {**os.environ, "PYTHONPATH": str(package)}
 

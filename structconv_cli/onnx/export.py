@@ -8,11 +8,12 @@ import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import onnx
 import torch
 from torch import nn
 
-from structconv_cli.errors import OnnxError
+from structconv_cli.errors import OnnxError, one_line
 
 OPSET = 18
 """The exporter's native opset: no version conversion, and ONNX Runtime's blocked convolution and
@@ -50,19 +51,22 @@ def export_onnx(model: nn.Module, images: torch.Tensor) -> onnx.ModelProto:
         cause = error.__cause__ or error
         raise OnnxError(
             "torch.onnx.export cannot export this model: "
-            f"{type(cause).__name__}: {str(cause).strip().splitlines()[0][:300]} "
+            f"{type(cause).__name__}: {one_line(cause)[:300]} "
             "A model is exportable when its forward pass has no branches or shapes that depend on "
             "the data, and treats the batch size as unknown."
         ) from None
     assert program is not None
     proto = program.model_proto
-    _name_linear_weights(proto)
+    _name_linear_weights(proto, dict(model.named_parameters()))
     _strip_metadata(proto)
-    batch = proto.graph.input[0].type.tensor_type.shape.dim[0]
-    if not batch.dim_param:
+    batches = {
+        str(value.type.tensor_type.shape.dim[0].dim_param)
+        for value in (proto.graph.input[0], proto.graph.output[0])
+    }
+    if batches != {"batch"}:
         raise OnnxError(
-            f"the exported model accepts batches of {batch.dim_value} only: its forward pass turns "
-            "the batch size into a constant. Use x.shape[0], x.flatten(1) or -1 instead."
+            "the exported model does not keep its batch size: the forward pass turns it into a "
+            "constant. Use x.shape[0], x.flatten(1) or -1 instead of a number."
         )
     return proto
 
@@ -119,7 +123,7 @@ def _quiet() -> Iterator[None]:
         logging.disable(disabled)
 
 
-def _name_linear_weights(proto: onnx.ModelProto) -> None:
+def _name_linear_weights(proto: onnx.ModelProto, parameters: Mapping[str, torch.Tensor]) -> None:
     """Give a linear layer's transposed, constant-folded weight its parameter's name again."""
     initializers = {tensor.name: tensor for tensor in proto.graph.initializer}
     uses: dict[str, int] = {}
@@ -132,7 +136,10 @@ def _name_linear_weights(proto: onnx.ModelProto) -> None:
         scopes = {p.key: p.value for p in node.metadata_props}.get("pkg.torch.onnx.name_scopes")
         modules = ast.literal_eval(scopes) if scopes else []
         name = f"{modules[-2]}.weight" if len(modules) > 1 else ""
-        if name and name not in initializers and uses[node.input[1]] == 1:
+        if name in initializers or name not in parameters or uses[node.input[1]] != 1:
+            continue
+        folded = onnx.numpy_helper.to_array(initializers[node.input[1]])
+        if np.array_equal(folded, parameters[name].detach().numpy().T):
             tensor = initializers.pop(node.input[1])
             tensor.name = node.input[1] = name
             initializers[name] = tensor

@@ -24,6 +24,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import torch
 from onnx import helper, numpy_helper
@@ -73,21 +74,24 @@ def lower(
     initializers = {tensor.name: tensor for tensor in graph.initializer}
     emitted = NodeList()
     done: list[LoweredLayer] = []
-    reduced: dict[str, onnx.TensorProto] = {}
+    reduced: dict[str, npt.NDArray[np.float32]] = {}
     for node in graph.node:
         layer = _layer_of(node, structures)
         if layer is None:
             emitted.append(node)
             continue
-        tensor = initializers[node.input[1]]
-        weight = _dense_weight(node, tensor)
+        name = node.input[1]
+        if name not in initializers:
+            raise OnnxError(f"{name} is computed in the graph; only an initialiser can be lowered.")
+        weight = _dense_weight(node, initializers[name])
         _check(layer, weight, structures[layer])
         replace = _lower_conv if node.op_type == "Conv" else _lower_linear
-        emitted.prefix = f"{layer}#{len(done)}" if node.input[1] in reduced else layer
+        emitted.prefix = f"{layer}#{len(done)}" if name in reduced else layer
         weight, form = replace(node, weight, structures[layer], emitted)
-        reduced[node.input[1]] = numpy_helper.from_array(
-            np.ascontiguousarray(weight.numpy(), np.float32), node.input[1]
-        )
+        array = np.ascontiguousarray(weight.numpy(), np.float32)
+        if not np.array_equal(reduced.setdefault(name, array), array):
+            # Used with other attributes as well, which call for another form and other factors.
+            emitted.nodes[-1].input[1] = emitted.constant("weight", array)
         done.append(LoweredLayer(layer, form, node.output[0]))
     missing = set(structures) - {entry.name for entry in done}
     if missing:
@@ -96,8 +100,8 @@ def lower(
             f"{min(missing)}.weight, which the plan structures. Keep that layer dense in the plan "
             "(give it a reason)."
         )
-    for name, tensor in reduced.items():
-        initializers[name].CopyFrom(tensor)
+    for name, array in reduced.items():
+        initializers[name].CopyFrom(numpy_helper.from_array(array, name))
     del graph.node[:]
     graph.node.extend(emitted.nodes)
     graph.initializer.extend(emitted.constants)
@@ -243,7 +247,8 @@ def _lower_linear(
     node: onnx.NodeProto, weight: torch.Tensor, structure: Structure, emit: NodeList
 ) -> tuple[torch.Tensor, str]:
     weight = difference_weight(structure.project(weight), structure.reduced[0])
-    x = _difference(node.input[0], structure.dense[0], structure.reduced[0], -1, emit)
+    axis = 0 if any(a.name == "transA" and a.i for a in node.attribute) else -1
+    x = _difference(node.input[0], structure.dense[0], structure.reduced[0], axis, emit)
     output = emit.add(node.op_type, [x, *node.input[1:]], node.output[0])
     output.attribute.extend(node.attribute)
     return (weight.T if _is_transposed(node) else weight), f"channel difference + {node.op_type}"

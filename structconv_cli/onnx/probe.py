@@ -10,7 +10,7 @@ import onnx
 import onnxruntime
 from onnx import helper, numpy_helper
 
-from structconv_cli.errors import OnnxError
+from structconv_cli.errors import OnnxError, one_line
 from structconv_cli.onnx.nodes import ConvAttributes
 
 Array = npt.NDArray[np.float32]
@@ -34,7 +34,22 @@ def session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
     except Exception as error:
         if not type(error).__module__.startswith("onnxruntime"):
             raise
-        raise OnnxError(f"ONNX Runtime cannot load the model: {error}") from None
+        raise OnnxError(f"ONNX Runtime cannot load the model: {one_line(error)}") from None
+
+
+def run(runtime: onnxruntime.InferenceSession, feed: Array) -> list[Array]:
+    """Run a session of one input; all its outputs.
+
+    Raises:
+        OnnxError: ONNX Runtime refuses the input, or fails.
+    """
+    try:
+        outputs: list[Array] = runtime.run(None, {runtime.get_inputs()[0].name: feed})
+    except Exception as error:
+        if not type(error).__module__.startswith("onnxruntime"):
+            raise
+        raise OnnxError(f"ONNX Runtime cannot run the model: {one_line(error)}") from None
+    return outputs
 
 
 def run_exposed(model: onnx.ModelProto, feed: Array, tensors: Sequence[str]) -> dict[str, Array]:
@@ -55,7 +70,7 @@ def run_exposed(model: onnx.ModelProto, feed: Array, tensors: Sequence[str]) -> 
     exposed.graph.output.extend(
         helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in wanted
     )
-    values = session(exposed).run(wanted, {graph.input[0].name: feed}) if wanted else []
+    values = run(session(exposed), feed) if wanted else []
     return {graph.input[0].name: feed, **dict(zip(wanted, values, strict=True))}
 
 
@@ -108,7 +123,7 @@ def impulse_response(
     read, taps = _geometry(attributes, sizes) if attributes else ((), [])
     extent = tuple(max(positions) + 1 for positions in taps)
     response = np.zeros(kernel, np.float32)
-    bias = _at(part.run(None, {"x": np.zeros((1, inputs * groups, *extent), np.float32)})[0], read)
+    bias = _at(run(part, np.zeros((1, inputs * groups, *extent), np.float32))[0], read)
     impulses = list(product(range(inputs), *(range(n) for n in sizes)))
     values_each = max(inputs * groups * prod(extent), kernel[0])
     for chunk in _chunks(impulses, max(1, _CHUNK_VALUES // values_each)):
@@ -116,7 +131,7 @@ def impulse_response(
         for row, (channel, *tap) in enumerate(chunk):
             position = tuple(taps[axis][index] for axis, index in enumerate(tap))
             x[row, :, channel][_everywhere(position)] = 1
-        y = part.run(None, {"x": x.reshape(len(chunk), -1, *extent)})[0]
+        y = run(part, x.reshape(len(chunk), -1, *extent))[0]
         for row, (channel, *tap) in enumerate(chunk):
             response[:, channel][_everywhere(tap)] = _at(y[row : row + 1], read) - bias
     return response, bias
@@ -153,7 +168,7 @@ def _chunks(items: list[tuple[int, ...]], size: int) -> Iterator[list[tuple[int,
 
 
 def _extract(model: onnx.ModelProto, source: str, target: str) -> onnx.ModelProto:
-    """The part of a graph that computes `target` from `source`, with these as "x" and "y"."""
+    """The part of a graph that computes `target` from `source`."""
     producers: Mapping[str, onnx.NodeProto] = {
         name: node for node in model.graph.node for name in node.output
     }
@@ -173,13 +188,11 @@ def _extract(model: onnx.ModelProto, source: str, target: str) -> onnx.ModelProt
         raise OnnxError(f"the graph has no path from tensor {source} to tensor {target}.")
     nodes = [node for node in model.graph.node if needed & set(node.output)]
     used = {name for node in nodes for name in node.input}
-    bridge = [helper.make_node("Identity", ["x"], [source])]
-    bridge_out = [helper.make_node("Identity", [target], ["y"])]
     graph = helper.make_graph(
-        bridge + nodes + bridge_out,
+        nodes,
         "part",
-        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, None)],
-        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)],
+        [helper.make_tensor_value_info(source, onnx.TensorProto.FLOAT, None)],
+        [helper.make_tensor_value_info(target, onnx.TensorProto.FLOAT, None)],
         [tensor for tensor in model.graph.initializer if tensor.name in used],
     )
     return helper.make_model(
