@@ -13,7 +13,7 @@ import time
 import torch
 from architectures import torchvision_model
 
-from structconv_cli.inventory import take_inventory
+from structconv_cli.model.inventory import take_inventory
 from structconv_cli.onnx.export import export_onnx
 from structconv_cli.onnx.lower import lower
 from structconv_cli.planner import rule_plan

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save
 
 from structconv_cli import __version__
-from structconv_cli.checkpoint import load_checkpoint
 from structconv_cli.errors import RunFolderError
-from structconv_cli.inventory import Inventory
 from structconv_cli.json_file import read_json
+from structconv_cli.model.checkpoint import load_checkpoint
+from structconv_cli.model.inventory import Inventory
 from structconv_cli.onnx.export import load_onnx, set_metadata
 from structconv_cli.onnx.lower import LoweredLayer
 from structconv_cli.onnx.probe import Array, dense_kernel, layer_nodes, run, session

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from structconv_cli.eval_mode import eval_mode
+from structconv_cli.model.eval_mode import eval_mode
 
 
 @torch.no_grad()

@@ -86,10 +86,10 @@ def convert(
     """Fine-tune a trained CNN into its structured form, rewrite, export and verify it."""
     console = Console()
     with _failures(written=f"nothing was written to {out}"):
-        from structconv_cli.architecture import Architecture, parse_arguments
         from structconv_cli.convert import ConvertRequest
-        from structconv_cli.data_spec import DataSpec
+        from structconv_cli.data.spec import DataSpec
         from structconv_cli.finetune import FineTuneSettings
+        from structconv_cli.model.architecture import Architecture, parse_arguments
 
         request = ConvertRequest(
             checkpoint=checkpoint,
@@ -154,12 +154,12 @@ def benchmark(
     The result is also written to benchmark.json in the run folder.
     """
     with _failures():
-        from structconv_cli.benchmark import BenchmarkSettings
-        from structconv_cli.benchmark import benchmark as measure
         from structconv_cli.json_file import to_json, write_json
         from structconv_cli.report import benchmark_report
         from structconv_cli.run_folder import RunFolder
         from structconv_cli.terminal import observer_for
+        from structconv_cli.timing.benchmark import BenchmarkSettings
+        from structconv_cli.timing.benchmark import benchmark as measure
 
         folder = RunFolder(run)
         folder.info()

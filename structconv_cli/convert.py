@@ -10,16 +10,16 @@ from torch import nn
 
 from structconv_cli import __version__
 from structconv_cli.approximation import Model, compare_models
-from structconv_cli.architecture import Architecture, build_model
 from structconv_cli.artifacts import load_artifacts, run_onnx, save_tensors, stamp
-from structconv_cli.checkpoint import Checkpoint, load_checkpoint, load_into, save_like
 from structconv_cli.cost import Cost, dense_cost, structured_cost
-from structconv_cli.data_spec import DataSpec
-from structconv_cli.dataset import Dataset, check_labels, load_dataset
+from structconv_cli.data.dataset import Dataset, check_labels, load_dataset
+from structconv_cli.data.spec import DataSpec
 from structconv_cli.errors import PlanError, StructconvError
 from structconv_cli.finetune import FineTuneResult, FineTuneSettings, finetune
-from structconv_cli.inventory import Inventory, first_channels, take_inventory
 from structconv_cli.json_file import write_json
+from structconv_cli.model.architecture import Architecture, build_model
+from structconv_cli.model.checkpoint import Checkpoint, load_checkpoint, load_into, save_like
+from structconv_cli.model.inventory import Inventory, first_channels, take_inventory
 from structconv_cli.onnx.export import export_onnx, save_onnx
 from structconv_cli.onnx.lower import lower
 from structconv_cli.plan import KeptLayer, Plan, read_plan

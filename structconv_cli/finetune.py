@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from structconv_cli.calibrate import reestimate_batch_norm
-from structconv_cli.dataset import Dataset
+from structconv_cli.data.dataset import Dataset
 from structconv_cli.errors import TrainingError
 from structconv_cli.progress import SILENT, Observer
 from structconv_cli.regularizer import limit_residual, residual_limit, structural_loss

@@ -5,7 +5,7 @@ layer by layer, by measured latency and accuracy, will replace the rule here.
 """
 
 from structconv_cli.errors import PlanError
-from structconv_cli.inventory import Inventory, TracedLayer
+from structconv_cli.model.inventory import Inventory, TracedLayer
 from structconv_cli.plan import KeptLayer, LayerPlan, Plan
 from structconv_cli.structure import Structure
 

@@ -8,11 +8,11 @@ from rich.table import Table
 from rich.text import Text
 
 from structconv_cli.approximation import Approximation
-from structconv_cli.benchmark import BenchmarkResult
 from structconv_cli.convert import ConvertResult, LayerOutcome
 from structconv_cli.exactness import Check
-from structconv_cli.model_timing import ModelTiming
-from structconv_cli.speedup import Speedup
+from structconv_cli.timing.benchmark import BenchmarkResult
+from structconv_cli.timing.model_timing import ModelTiming
+from structconv_cli.timing.speedup import Speedup
 from structconv_cli.verify import VerifyResult
 
 

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from structconv_cli.architecture import Architecture
-from structconv_cli.data_spec import DataSpec
+from structconv_cli.data.spec import DataSpec
 from structconv_cli.errors import RunFolderError
 from structconv_cli.json_file import read_json, write_json
+from structconv_cli.model.architecture import Architecture
 
 DEFAULT = Path("structconv-run")
 FORMAT = "structconv-run/1"

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from structconv_cli.eval_mode import eval_mode
+from structconv_cli.model.eval_mode import eval_mode
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from torch import nn
 
 from structconv_cli.approximation import Approximation
 from structconv_cli.errors import OnnxError, StructconvError
-from structconv_cli.eval_mode import eval_mode
 from structconv_cli.exactness import Check, LayerWeights, check_layer, compare, random_input
-from structconv_cli.inventory import Inventory
+from structconv_cli.model.eval_mode import eval_mode
+from structconv_cli.model.inventory import Inventory
 from structconv_cli.onnx.probe import (
     dense_kernel,
     impulse_response,

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from structconv_cli.architecture import Architecture, build_model, parse_arguments
 from structconv_cli.errors import ArchitectureError
+from structconv_cli.model.architecture import Architecture, build_model, parse_arguments
 
 SAMPLE = Path(__file__).parents[1] / "sample_models" / "resnet_cifar.py"
 

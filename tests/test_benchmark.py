@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from pydantic import TypeAdapter
 
-from structconv_cli.benchmark import BenchmarkResult, BenchmarkSettings, benchmark
 from structconv_cli.errors import BenchmarkError
-from structconv_cli.speedup import MINIMUM_ROUNDS, RESOLUTION, compare_rounds
+from structconv_cli.timing.benchmark import BenchmarkResult, BenchmarkSettings, benchmark
+from structconv_cli.timing.speedup import MINIMUM_ROUNDS, RESOLUTION, compare_rounds
 
 SHORT = BenchmarkSettings(rounds=MINIMUM_ROUNDS, round_ms=1, warmup_ms=1)
 
@@ -402,7 +402,7 @@ def started_benchmark(file: Path) -> subprocess.Popen[str]:
     script = textwrap.dedent(
         f"""
         from pathlib import Path
-        from structconv_cli.benchmark import BenchmarkSettings, benchmark
+        from structconv_cli.timing.benchmark import BenchmarkSettings, benchmark
 
         file = Path({str(file)!r})
         settings = BenchmarkSettings(rounds=10**5, round_ms=1, warmup_ms=1)

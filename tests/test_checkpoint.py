@@ -17,9 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from structconv_cli.architecture import Architecture, build_model
-from structconv_cli.checkpoint import Checkpoint, load_checkpoint, load_into, save_like
 from structconv_cli.errors import CheckpointError
+from structconv_cli.model.architecture import Architecture, build_model
+from structconv_cli.model.checkpoint import Checkpoint, load_checkpoint, load_into, save_like
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "checkpoints"

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.nn import functional as F
 
-from structconv_cli import digits_sample, image_folder
-from structconv_cli.augmentation import augment_batch
-from structconv_cli.data_spec import DataSpec
-from structconv_cli.dataset import Dataset, check_labels, load_dataset
+from structconv_cli.data import digits_sample, image_folder
+from structconv_cli.data.augmentation import augment_batch
+from structconv_cli.data.dataset import Dataset, check_labels, load_dataset
+from structconv_cli.data.spec import DataSpec
+from structconv_cli.data.split import Split, split_stratified
 from structconv_cli.errors import DataError
-from structconv_cli.split import Split, split_stratified
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ROOT / "sample_models" / "digits.npz"

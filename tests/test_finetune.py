@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from structconv_cli.calibrate import reestimate_batch_norm
-from structconv_cli.dataset import Dataset, Split
+from structconv_cli.data.dataset import Dataset, Split
 from structconv_cli.errors import PlanError, TrainingError
 from structconv_cli.finetune import FineTuneResult, FineTuneSettings, finetune
 from structconv_cli.progress import Observer

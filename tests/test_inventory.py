@@ -8,14 +8,14 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from structconv_cli.errors import ArchitectureError
-from structconv_cli.inventory import (
+from structconv_cli.layer_spec import spec_of
+from structconv_cli.model.inventory import (
     Inventory,
     TracedLayer,
     Unsupported,
     first_channels,
     take_inventory,
 )
-from structconv_cli.layer_spec import spec_of
 
 IMAGES = torch.zeros(2, 3, 8, 10)
 

@@ -9,16 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from structconv_cli.approximation import Approximation
-from structconv_cli.architecture import Architecture
 from structconv_cli.convert import ConvertResult, LayerOutcome
 from structconv_cli.cost import Cost
-from structconv_cli.data_spec import DataSpec
+from structconv_cli.data.spec import DataSpec
 from structconv_cli.errors import RunFolderError, StructconvError
 from structconv_cli.exactness import Check
 from structconv_cli.finetune import EpochResult, FineTuneResult, FineTuneSettings, StageResult
-from structconv_cli.inventory import Inventory, TracedLayer, Unsupported
 from structconv_cli.json_file import read_json, to_json, write_json
 from structconv_cli.layer_spec import LayerSpec
+from structconv_cli.model.architecture import Architecture
+from structconv_cli.model.inventory import Inventory, TracedLayer, Unsupported
 from structconv_cli.plan import KeptLayer, LayerPlan, Plan
 from structconv_cli.run_folder import RunInfo
 from structconv_cli.structure import Structure

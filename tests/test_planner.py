@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from structconv_cli.errors import PlanError
-from structconv_cli.inventory import Inventory, take_inventory
+from structconv_cli.model.inventory import Inventory, take_inventory
 from structconv_cli.plan import PLAN_JSON, KeptLayer, LayerPlan, Plan, read_plan
 from structconv_cli.planner import check_plan, rule_plan
 from structconv_cli.structure import Structure

@@ -16,14 +16,14 @@ import torch
 from onnx import helper, numpy_helper
 from safetensors.torch import load_file, save_file
 
-from structconv_cli.architecture import Architecture
 from structconv_cli.artifacts import PLAN_KEY, load_artifacts
 from structconv_cli.convert import ConvertRequest, ConvertResult, convert, verify_run
-from structconv_cli.data_spec import DataSpec
-from structconv_cli.dataset import load_dataset
+from structconv_cli.data.dataset import load_dataset
+from structconv_cli.data.spec import DataSpec
 from structconv_cli.errors import RunFolderError, StructconvError
 from structconv_cli.finetune import FineTuneSettings
 from structconv_cli.json_file import read_json, write_json
+from structconv_cli.model.architecture import Architecture
 from structconv_cli.plan import LayerPlan, Plan, read_plan
 from structconv_cli.run_folder import RunFolder
 from structconv_cli.structure import Structure

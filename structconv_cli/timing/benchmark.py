@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from structconv_cli.benchmark_input import agree_on_inputs
-from structconv_cli.environment import Environment, describe_environment
 from structconv_cli.errors import BenchmarkError
-from structconv_cli.execution_provider import PROVIDERS, require_provider
-from structconv_cli.model_timing import ModelTiming, size_on_disk, summarise
-from structconv_cli.speedup import MINIMUM_ROUNDS, Speedup, compare_rounds
-from structconv_cli.worker_process import WorkerProcess
+from structconv_cli.timing.environment import Environment, describe_environment
+from structconv_cli.timing.execution_provider import PROVIDERS, require_provider
+from structconv_cli.timing.inputs import agree_on_inputs
+from structconv_cli.timing.model_timing import ModelTiming, size_on_disk, summarise
+from structconv_cli.timing.speedup import MINIMUM_ROUNDS, Speedup, compare_rounds
+from structconv_cli.timing.worker_process import WorkerProcess
 
 MINIMUM_RUNS = 3
 """Fewest timed runs of a model in one round."""

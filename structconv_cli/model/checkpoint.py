@@ -12,9 +12,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from structconv_cli.checkpoint_file import CheckpointFile, Kind, read_checkpoint_file
 from structconv_cli.errors import CheckpointError, one_line
-from structconv_cli.state_dict import find_nesting, wrapper_prefix
+from structconv_cli.model.checkpoint_file import CheckpointFile, Kind, read_checkpoint_file
+from structconv_cli.model.state_dict import find_nesting, wrapper_prefix
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from structconv_cli.checkpoint_file import REMEDY
 from structconv_cli.errors import CheckpointError
+from structconv_cli.model.checkpoint_file import REMEDY
 
 _NESTINGS = ("state_dict", "model_state_dict", "model", "ema")
 _WRAPPERS = ("module.", "_orig_mod.")

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from structconv_cli.data_spec import DataSpec
+from structconv_cli.data.spec import DataSpec
 from structconv_cli.errors import DataError
 
 

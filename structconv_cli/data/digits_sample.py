@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from structconv_cli.data_spec import DataSpec
+from structconv_cli.data.npz_archive import read_arrays, resize
+from structconv_cli.data.spec import DataSpec
+from structconv_cli.data.split import Parts, Split, refuse_val_split
 from structconv_cli.errors import DataError
-from structconv_cli.npz_archive import read_arrays, resize
-from structconv_cli.split import Parts, Split, refuse_val_split
 
 _DEFAULT_SIZE = 32
 
@@ -44,7 +44,7 @@ def load_digits(spec: DataSpec, channels: int) -> Parts:
 
 
 def _find_digits() -> Path:
-    places = [Path(__file__).parents[1] / "sample_models", Path("sample_models").absolute()]
+    places = [Path(__file__).parents[2] / "sample_models", Path("sample_models").absolute()]
     for place in places:
         if (place / "digits.npz").is_file():
             return place / "digits.npz"

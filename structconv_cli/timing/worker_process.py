@@ -1,4 +1,4 @@
-"""The parent's side of a process that runs one model: see `benchmark_worker` for the other."""
+"""The parent's side of a process that runs one model: see `worker` for the other."""
 
 import json
 import os
@@ -26,7 +26,7 @@ _REMEDIES = {
 
 
 class WorkerProcess:
-    """A process running `benchmark_worker`, for one model; killed at the end of its context.
+    """A process running `worker`, for one model; killed at the end of its context.
 
     Attributes:
         name: The caller's name for the model.
@@ -46,7 +46,7 @@ class WorkerProcess:
         # directory from being imported instead.
         path = os.pathsep.join(str(Path(entry or ".").absolute()) for entry in sys.path)
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "structconv_cli.benchmark_worker"],
+            [sys.executable, "-P", "-m", "structconv_cli.timing.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._messages,
@@ -76,7 +76,7 @@ class WorkerProcess:
         """Send one request and wait for its answer.
 
         Args:
-            op: Name of a method of `benchmark_worker.Worker`.
+            op: Name of a method of `worker.Worker`.
             arguments: What that method takes, as JSON can hold it.
 
         Raises:

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from structconv_cli.errors import ArchitectureError, one_line
-from structconv_cli.eval_mode import eval_mode
 from structconv_cli.layer_spec import CONVOLUTIONS, LayerSpec, spec_of
+from structconv_cli.model.eval_mode import eval_mode
 
 _PLAIN = (*CONVOLUTIONS, nn.Linear)
 _RELATED = (nn.modules.conv._ConvNd, nn.Linear)

@@ -1,6 +1,6 @@
 """One ONNX Runtime session in a process of its own, driven by JSON lines.
 
-Run as ``python -m structconv_cli.benchmark_worker``. Every line on standard input is one request,
+Run as ``python -m structconv_cli.timing.worker``. Every line on standard input is one request,
 an object whose ``op`` names a method of `Worker` and whose other members are its arguments; every
 request is answered by one line on standard output, the method's result or ``{"error": reason}``.
 The end of standard input ends the process.

@@ -13,16 +13,16 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps
 
-from structconv_cli.data_spec import DataSpec
-from structconv_cli.errors import DataError
-from structconv_cli.memory import require_memory
-from structconv_cli.split import (
+from structconv_cli.data.memory import require_memory
+from structconv_cli.data.spec import DataSpec
+from structconv_cli.data.split import (
     Parts,
     Split,
     refuse_val_split,
     require_val_split,
     split_stratified,
 )
+from structconv_cli.errors import DataError
 
 _VAL_FOLDERS = ("val", "valid", "test")
 _SUFFIXES = frozenset(

@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from structconv_cli.augmentation import augment_batch
-from structconv_cli.data_spec import DataSpec, check_spec
-from structconv_cli.digits_sample import load_digits
+from structconv_cli.data.augmentation import augment_batch
+from structconv_cli.data.digits_sample import load_digits
+from structconv_cli.data.image_folder import load_folder
+from structconv_cli.data.npz_archive import load_npz
+from structconv_cli.data.spec import DataSpec, check_spec
+from structconv_cli.data.split import Parts, Split
 from structconv_cli.errors import DataError
-from structconv_cli.image_folder import load_folder
-from structconv_cli.npz_archive import load_npz
-from structconv_cli.split import Parts, Split
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from structconv_cli.data_spec import DataSpec
-from structconv_cli.errors import DataError, one_line
-from structconv_cli.memory import require_memory
-from structconv_cli.split import (
+from structconv_cli.data.memory import require_memory
+from structconv_cli.data.spec import DataSpec
+from structconv_cli.data.split import (
     Parts,
     Split,
     refuse_val_split,
     require_val_split,
     split_stratified,
 )
+from structconv_cli.errors import DataError, one_line
 
 _MOST_CLASSES = 100_000
 

@@ -1,0 +1,1 @@
+"""Datasets: what to load, from where, and how it is asked for."""

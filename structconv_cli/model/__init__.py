@@ -1,0 +1,1 @@
+"""The user's model: its code, its weights, its layers."""

@@ -1,0 +1,1 @@
+"""Timing ONNX models against one another."""
