@@ -1,6 +1,11 @@
 """Shared fixtures: a small model and dataset that the whole pipeline runs on in seconds."""
 
+import os
 from pathlib import Path
+
+# Before torch is imported, and for the processes that tests start: small tensors on a shared
+# machine, where worker threads mostly wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest

@@ -1,6 +1,5 @@
 """A layer's check passes for rounding alone, and fails for anything else, naming the layer."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -20,15 +19,6 @@ from structconv_cli.layer_spec import LayerSpec, spec_of
 from structconv_cli.structure import Structure
 
 NAME = "features.3.conv"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small tensors: PyTorch's worker threads would only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {

@@ -19,16 +19,6 @@ from structconv_cli.progress import Observer
 from structconv_cli.structure import Structure
 from structconv_cli.task import evaluate, task_loss
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Many tiny operators: handing them to threads takes longer than running them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # --- evaluation
 
 

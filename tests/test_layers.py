@@ -40,15 +40,6 @@ DEPTHWISE = "C"
 CHANNELS = 4
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Thousands of tiny operators: handing them to threads takes longer than running them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @cache
 def projector(structure: Structure) -> torch.Tensor:
     """B B^+ as a matrix over the flattened weight, B having a column per placed block of ones."""

@@ -5,7 +5,7 @@ subspace by least squares over an explicitly enumerated basis, so nothing of the
 is used on the reference side.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
@@ -27,15 +27,6 @@ U = 2.0**-24
 """Unit roundoff of float32."""
 
 LAYER = "body.conv"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small tensors: PyTorch's worker threads would only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Probing reads off the kernel that a graph really applies, whatever it is made of."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -37,15 +36,6 @@ from structconv_cli.structure import Structure
 from structconv_cli.tolerance import kernel_bound
 
 LINEAR_FORMS = ["Gemm transB=1", "Gemm transB=0", "MatMul"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small tensors: PyTorch's worker threads would only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def true_kernel(conv: Conv) -> tuple[torch.Tensor, torch.Tensor]:

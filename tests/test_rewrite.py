@@ -2,7 +2,6 @@
 
 import copy
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,15 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "sample_models"))
 import resnet_cifar
 
 STRUCTURE = Structure((4, 3, 3), (3, 2, 2))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Many tiny operators: handing them to threads takes longer than running them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def conv() -> nn.Conv2d:

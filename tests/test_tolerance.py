@@ -1,6 +1,5 @@
 """The bounds hold for every rounding error, and are tight enough to see a wrong weight."""
 
-from collections.abc import Iterator
 from math import prod
 
 import numpy as np
@@ -26,15 +25,6 @@ from structconv_cli.tolerance import (
 )
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small tensors: PyTorch's worker threads would only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @st.composite

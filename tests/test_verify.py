@@ -5,7 +5,7 @@ One small run is converted for all of them; every test works on a copy of its fo
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -53,17 +53,7 @@ PLAN = Plan(
 
 
 @pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Small tensors: PyTorch's worker threads would only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
 def converted(
-    one_thread: None,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, ConvertResult, VerifyResult]:
     """The sample model and some of its data, layers structured in every way, no fine-tuning."""
