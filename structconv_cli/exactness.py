@@ -6,7 +6,7 @@ description of the dense layer, and inputs.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -82,6 +82,28 @@ def check_layer(
             what = f"{str(dtype).removeprefix('torch.')}, {name} input"
             checks.append(_check_outputs(layer, spec, x, dtype, what))
     return checks
+
+
+def check_kept(
+    what: str,
+    names: Iterable[str],
+    structures: Iterable[str],
+    dense: Mapping[str, torch.Tensor],
+    structured: Mapping[str, torch.Tensor],
+) -> Check:
+    """Check that tensors of no structured layer are the same in both forms, to the bit.
+
+    The subject is the first layer that has another tensor, or "all others".
+    """
+    rewritten = {f"{name}.weight" for name in structures}
+    for name in names:
+        if name in rewritten or name.endswith("num_batches_tracked"):
+            continue
+        one, other = dense.get(name), structured.get(name)
+        if one is None or other is None or not torch.equal(one, other):
+            detail = f"{name} differs between the dense and the structured form"
+            return Check(name.rpartition(".")[0] or name, what, None, 0.0, False, detail)
+    return Check("all others", what, 0.0, 0.0, True)
 
 
 def random_input(spec: LayerSpec, generator: torch.Generator) -> torch.Tensor:

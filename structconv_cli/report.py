@@ -10,10 +10,11 @@ from rich.text import Text
 from structconv_cli.approximation import Approximation
 from structconv_cli.convert import ConvertResult, LayerOutcome
 from structconv_cli.exactness import Check
+from structconv_cli.graph_check import KEPT_ONNX
 from structconv_cli.timing.benchmark import BenchmarkResult
 from structconv_cli.timing.model_timing import ModelTiming
 from structconv_cli.timing.speedup import Speedup
-from structconv_cli.verify import VerifyResult
+from structconv_cli.verify import KEPT, VerifyResult
 
 
 def convert_report(result: ConvertResult, verification: VerifyResult) -> RenderableType:
@@ -146,12 +147,13 @@ def _layer_checks(result: VerifyResult) -> Table:
     table = Table(
         title="Rewrite error, as a share of what rounding allows (at most 1)", title_justify="left"
     )
-    columns = list(dict.fromkeys(_group(check.what) for check in result.layers))
+    checks = [check for check in result.layers if check.what not in (KEPT, KEPT_ONNX)]
+    columns = list(dict.fromkeys(_group(check.what) for check in checks))
     table.add_column("layer", overflow="fold")
     for column in columns:
         table.add_column(column, justify="right")
     shares: dict[str, dict[str, list[Check]]] = {}
-    for check in result.layers:
+    for check in checks:
         shares.setdefault(check.subject, {}).setdefault(_group(check.what), []).append(check)
     for name, groups in shares.items():
         table.add_row(escape(name), *(_share(groups.get(column, [])) for column in columns))

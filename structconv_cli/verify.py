@@ -10,7 +10,7 @@ for the whole model were recorded by `convert`.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 
 import numpy as np
@@ -20,12 +20,18 @@ from torch import nn
 
 from structconv_cli.approximation import Approximation
 from structconv_cli.errors import OnnxError, StructconvError
-from structconv_cli.exactness import Check, LayerWeights, check_layer, compare, random_input
+from structconv_cli.exactness import (
+    Check,
+    LayerWeights,
+    check_kept,
+    check_layer,
+    compare,
+    random_input,
+)
+from structconv_cli.graph_check import check_graph
 from structconv_cli.model.eval_mode import eval_mode
 from structconv_cli.model.inventory import Inventory
 from structconv_cli.onnx.probe import (
-    dense_kernel,
-    impulse_response,
     layer_nodes,
     run,
     run_exposed,
@@ -34,12 +40,12 @@ from structconv_cli.onnx.probe import (
 from structconv_cli.plan import Plan
 from structconv_cli.progress import SILENT, Observer
 from structconv_cli.structure import Structure
-from structconv_cli.tolerance import kernel_bound, magnitude, model_tolerance
+from structconv_cli.tolerance import magnitude, model_tolerance
 
 BATCHES = {"batch 1": 1, "batch 2 (traced)": 2, "batch 5": 5}
 """Random inputs of the whole model; the export is traced with a batch of 2."""
 REAL = "real images"
-KEPT = "kept tensors"
+KEPT = "kept weights"
 _REAL_IMAGES = 8
 _LAYER_IMAGES = 2
 
@@ -133,7 +139,9 @@ def verify(
     with observer.stage("layers in PyTorch"):
         layers = _check_layers(artifacts, observer)
     with observer.stage("layers in ONNX Runtime"):
-        layers += _check_kernels(artifacts, observer)
+        layers += check_graph(
+            artifacts.plan.structures, artifacts.dense_onnx, artifacts.structured_onnx, observer
+        )
     with observer.stage("whole model in ONNX Runtime"):
         model = _check_model(artifacts)
     approximation, missing = _measure(approximate, observer)
@@ -177,20 +185,8 @@ def _check_layers(artifacts: Artifacts, observer: Observer) -> list[Check]:
             real = torch.from_numpy(tensors[nodes[name][0].input[0]])
             checks += check_layer(layer, {"real": real}, padded=padded)[1:]
         observer.steps(done + 1, len(structures))
-    return [*checks, _check_kept(artifacts)]
-
-
-def _check_kept(artifacts: Artifacts) -> Check:
-    """What is not structured must be the same in both sets of weights, to the bit."""
-    dense, reduced = artifacts.dense, artifacts.reduced
-    rewritten = {f"{name}.weight" for name in artifacts.plan.structures}
-    for name in dict.fromkeys([*dense, *reduced]):
-        if name in rewritten or name.endswith("num_batches_tracked"):
-            continue
-        if name not in dense or name not in reduced or not torch.equal(dense[name], reduced[name]):
-            detail = f"{name} differs between the dense and the structured weights"
-            return Check(name.rpartition(".")[0], KEPT, None, 0.0, False, detail)
-    return Check("all others", KEPT, 0.0, 0.0, True)
+    others = sorted(artifacts.dense.keys() | artifacts.reduced.keys())
+    return [*checks, check_kept(KEPT, others, structures, artifacts.dense, artifacts.reduced)]
 
 
 def _layer_weights(artifacts: Artifacts, name: str, structure: Structure) -> LayerWeights:
@@ -202,40 +198,6 @@ def _layer_weights(artifacts: Artifacts, name: str, structure: Structure) -> Lay
         bias=artifacts.dense.get(f"{name}.bias"),
         reduced_bias=artifacts.reduced.get(f"{name}.bias"),
     )
-
-
-def _check_kernels(artifacts: Artifacts, observer: Observer) -> list[Check]:
-    checks: list[Check] = []
-    structures = artifacts.plan.structures
-    nodes = layer_nodes(artifacts.dense_onnx, list(structures))
-    for done, (name, structure) in enumerate(structures.items()):
-        if name not in nodes:
-            detail = f"structured_dense.onnx has no node with the weight {name}.weight"
-            checks.append(Check(name, "ONNX kernel", None, 0.0, False, detail))
-        for node in nodes.get(name, []):
-            checks.append(_check_kernel(artifacts, name, structure, node))
-        observer.steps(done + 1, len(structures))
-    return checks
-
-
-def _check_kernel(
-    artifacts: Artifacts, name: str, structure: Structure, node: onnx.NodeProto
-) -> Check:
-    weight, bias = (torch.from_numpy(a.copy()) for a in dense_kernel(artifacts.dense_onnx, node))
-    try:
-        response = impulse_response(artifacts.structured_onnx, node, tuple(weight.shape))
-    except OnnxError as error:
-        return Check(name, "ONNX kernel", None, 0.0, False, str(error))
-    measured, measured_bias = (torch.from_numpy(a.copy()) for a in response)
-    # Each weight was read off an output that had the bias added to it.
-    allowed = kernel_bound(weight, structure)
-    room = bias.abs().double().reshape(-1, *([1] * (weight.ndim - 1))) * 2.0**-22
-    check = compare(
-        name, "ONNX kernel", measured.double() - weight.double(), allowed + room, "the kernel"
-    )
-    if check.passed and not torch.equal(measured_bias, bias):
-        return replace(check, passed=False, detail="the bias differs")
-    return check
 
 
 def _check_model(artifacts: Artifacts) -> list[Check]:
