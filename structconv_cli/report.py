@@ -13,7 +13,7 @@ from structconv_cli.exactness import Check
 from structconv_cli.graph_check import KEPT_ONNX
 from structconv_cli.timing.benchmark import BenchmarkResult
 from structconv_cli.timing.model_timing import ModelTiming
-from structconv_cli.timing.speedup import Speedup
+from structconv_cli.timing.speedup import FASTER, SLOWER, Speedup
 from structconv_cli.verify import KEPT, VerifyResult
 
 
@@ -71,15 +71,21 @@ def _timing_cells(model: ModelTiming) -> list[str]:
 
 
 def _speedup(speedup: Speedup) -> Text:
-    interval = f"{speedup.confidence:.0%} interval {speedup.low:.2f} to {speedup.high:.2f}"
-    colours = {"faster": "green", "slower": "red"}
-    words = {
-        "faster": f"is {speedup.median:.2f} times as fast as",
-        "slower": f"is slower than, {speedup.median:.2f} times as fast as,",
-    }.get(speedup.verdict, "shows no significant difference from")
+    candidate, baseline = escape(speedup.candidate), escape(speedup.baseline)
+    colour, verdict, advice = {
+        FASTER: ("green", f"{candidate} is {speedup.median:.2f} times as fast as {baseline}", ""),
+        SLOWER: (
+            "red",
+            f"{candidate} is slower than {baseline}: {speedup.median:.2f} times as fast",
+            " Keep the original here, or convert again with other --n, --channels or --plan.",
+        ),
+    }.get(
+        speedup.verdict,
+        ("yellow", f"{candidate} shows no significant difference from {baseline}", ""),
+    )
     return Text.from_markup(
-        f"[bold {colours.get(speedup.verdict, 'yellow')}]{escape(speedup.candidate)} {words} "
-        f"{escape(speedup.baseline)}[/] (median of paired rounds {speedup.median:.2f}, {interval})."
+        f"[bold {colour}]{verdict}[/] (median of paired rounds {speedup.median:.2f}, "
+        f"{speedup.confidence:.0%} interval {speedup.low:.2f} to {speedup.high:.2f}).{advice}"
     )
 
 
