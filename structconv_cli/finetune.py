@@ -23,7 +23,7 @@ from structconv_cli.progress import SILENT, Observer
 from structconv_cli.regularizer import limit_residual, residual_limit, structural_loss
 from structconv_cli.rewrite import project_weights, residuals, structured_parameters
 from structconv_cli.structure import Structure
-from structconv_cli.task import Evaluation, evaluate, task_loss
+from structconv_cli.task import Evaluation, distillation_loss, evaluate, task_loss
 
 _EVALUATION_BATCH = 256
 _CALIBRATION_IMAGES = 2048
@@ -40,6 +40,8 @@ class FineTuneSettings:
         learning_rate: peak of a cosine schedule, for SGD with Nesterov momentum 0.9.
         weight_decay: on all parameters.
         sr_lambda: weight of the structural loss (the paper's lambda).
+        distillation: share of the task loss that follows the original model's outputs, 0 to 1; the
+            rest follows the labels.
         augment: random changes to training images: any of "crop", "flip".
         seed: of shuffling and augmentation.
     """
@@ -50,6 +52,7 @@ class FineTuneSettings:
     learning_rate: float = 0.02
     weight_decay: float = 5e-4
     sr_lambda: float = 0.1
+    distillation: float = 0.5
     augment: tuple[str, ...] = ()
     seed: int = 0
 
@@ -131,6 +134,7 @@ class _Tuning:
         self.model, self.structures, self.data = model, structures, data
         self.settings, self.observer = settings, observer
         self.weights = list(structured_parameters(model, structures).values())
+        self.teacher = copy.deepcopy(model).eval() if settings.distillation else None
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.steps_per_epoch = max(1, len(data.train.labels) // settings.batch_size)
         self.step = 0
@@ -223,7 +227,7 @@ class _Tuning:
             losses = 0.0
             for done, (images, labels) in enumerate(self._training_batches()):
                 self._set_learning_rate(optimizer)
-                loss = task_loss(self.model(images), labels)
+                loss = self._loss(images, labels)
                 losses += float(loss.detach())
                 self._require_finite(losses, f"in epoch {epoch + 1} of the {phase} phase")
                 objective = loss if pull is None else loss + pull()
@@ -236,6 +240,16 @@ class _Tuning:
             mean = losses / self.steps_per_epoch
             self.epochs.append(EpochResult(phase, epoch + 1, mean, self._max_residual()))
             self.observer.note(f"epoch {epoch + 1} of {epochs}, loss {mean:.4f}")
+
+    def _loss(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits = self.model(images)
+        loss = task_loss(logits, labels)
+        if self.teacher is None:
+            return loss
+        with torch.no_grad():
+            taught = self.teacher(images)
+        share = self.settings.distillation
+        return (1 - share) * loss + share * distillation_loss(logits, taught)
 
     def _training_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         batches = self.data.batches(

@@ -72,6 +72,16 @@ SrLambda = Annotated[
         help="Weight of the structural regularisation loss.",
     ),
 ]
+Distill = Annotated[
+    float,
+    typer.Option(
+        rich_help_panel="Fine-tuning",
+        min=0,
+        max=1,
+        help="Share of the loss that follows the original model's outputs; the rest follows the "
+        "labels. Use 0 if the original is poor on this data.",
+    ),
+]
 BatchSize = Annotated[
     int, typer.Option(rich_help_panel="Fine-tuning", min=2, help="Images per training step.")
 ]

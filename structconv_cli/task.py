@@ -9,6 +9,8 @@ from torch.nn import functional
 
 from structconv_cli.model.eval_mode import eval_mode
 
+_TEMPERATURE = 2.0
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -28,6 +30,17 @@ class Evaluation:
 def task_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy of logits (B, K) against labels (B,)."""
     return functional.cross_entropy(logits, labels)
+
+
+def distillation_loss(logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+    """T^2 KL(teacher || student) of logits (B, K), both softened by the temperature T = 2, in nats.
+
+    Hinton, Vinyals, Dean, Distilling the Knowledge in a Neural Network, 2015.
+    """
+    student = functional.log_softmax(logits / _TEMPERATURE, 1)
+    teacher = functional.log_softmax(teacher_logits / _TEMPERATURE, 1)
+    divergence = functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    return _TEMPERATURE**2 * divergence
 
 
 @torch.no_grad()

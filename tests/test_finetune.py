@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -17,7 +18,7 @@ from structconv_cli.errors import PlanError, TrainingError
 from structconv_cli.finetune import FineTuneResult, FineTuneSettings, finetune
 from structconv_cli.progress import Observer
 from structconv_cli.structure import Structure
-from structconv_cli.task import evaluate, task_loss
+from structconv_cli.task import distillation_loss, evaluate, task_loss
 
 # --- evaluation
 
@@ -51,6 +52,16 @@ def test_task_loss_by_hand() -> None:
     logits, labels = logits_of([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0])
     expected = (math.log(1 + math.exp(-2)) + math.log(1 + math.exp(1))) / 2
     assert float(task_loss(logits, labels)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_distillation_loss_by_its_definition() -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 5, 3, generator=generator, dtype=torch.float64)
+    p, q = torch.softmax(teacher / 2, 1), torch.softmax(student / 2, 1)
+    expected = 4 * (p * (p / q).log()).sum(1).mean()
+    assert float(distillation_loss(student, teacher)) == pytest.approx(float(expected), rel=1e-12)
+    # A constant added to an image's scores changes no probability.
+    assert float(distillation_loss(teacher + 7, teacher)) == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -363,6 +374,19 @@ def test_a_model_frozen_altogether_can_still_be_projected(
     model = copy.deepcopy(trained).requires_grad_(False)
     tuned, _ = finetune(model, STRUCTURES, data, FineTuneSettings(0, 0))
     assert relative_residual(tuned[1].weight, STRUCTURES["1"]) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("distillation", "follows_labels"), [(0.0, True), (0.5, True), (1.0, False)]
+)
+def test_distillation_alone_does_not_read_the_labels(
+    distillation: float, follows_labels: bool, trained: nn.Module, data: Dataset
+) -> None:
+    settings = replace(FAST, distillation=distillation)
+    other = replace(data, train=Split(data.train.images, 1 - data.train.labels.clamp_max(1)))
+    first, _ = finetune(trained, STRUCTURES, data, settings)
+    second, _ = finetune(trained, STRUCTURES, other, settings)
+    assert same(state(first), state(second)) is not follows_labels
 
 
 def test_a_last_smaller_batch_is_left_out(trained: nn.Module, data: Dataset) -> None:
