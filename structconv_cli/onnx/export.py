@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped, unused-ignore]
 from torch import nn
 
 from structconv_cli.errors import OnnxError, one_line
@@ -96,12 +97,8 @@ def load_onnx(path: Path) -> onnx.ModelProto:
         onnx.checker.check_model(proto)
     except OSError as error:
         raise OnnxError(f"cannot read {path}: {error.strerror}.") from None
-    except (onnx.checker.ValidationError, ValueError, RuntimeError) as error:
-        raise OnnxError(f"{path} is not an ONNX model: {str(error).splitlines()[0]}") from None
-    except Exception as error:
-        if type(error).__name__ != "DecodeError":
-            raise
-        raise OnnxError(f"{path} is not an ONNX model: {error}") from None
+    except (onnx.checker.ValidationError, DecodeError, ValueError, RuntimeError) as error:
+        raise OnnxError(f"{path} is not an ONNX model: {one_line(error)}") from None
     return proto
 
 
