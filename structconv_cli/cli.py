@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from structconv_cli import __version__, options
 from structconv_cli.errors import StructconvError
@@ -215,8 +216,8 @@ def _failures(written: str = "") -> Iterator[None]:
 
 def _fail(message: str) -> None:
     console = Console(stderr=True)
-    console.print("[bold red]Error:[/] ", end="")
-    console.print(message, markup=False, highlight=False, soft_wrap=not console.is_terminal)
+    text = Text.assemble(("Error: ", "bold red"), message)
+    console.print(text, soft_wrap=not console.is_terminal)
     raise typer.Exit(1)
 
 
