@@ -91,9 +91,9 @@ def load_artifacts(folder: RunFolder) -> Artifacts:
     return artifacts
 
 
-def run_onnx(path: Path) -> Callable[[Array], Array]:
-    """Load an ONNX file of one input and one output, as a function of images (B, C, H, W)."""
-    runtime = session(load_onnx(path))
+def run_onnx(model: onnx.ModelProto) -> Callable[[Array], Array]:
+    """An ONNX model of one input and one output, as a function of images (B, C, H, W)."""
+    runtime = session(model)
     return lambda images: run(runtime, images)[0]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from structconv_cli import __version__
-from structconv_cli.approximation import Model, compare_models
+from structconv_cli.approximation import compare_models
 from structconv_cli.artifacts import load_artifacts, run_onnx, save_tensors, stamp
 from structconv_cli.cost import Cost, dense_cost, structured_cost
 from structconv_cli.data.dataset import Dataset, check_labels, load_dataset
@@ -20,7 +20,7 @@ from structconv_cli.json_file import write_json
 from structconv_cli.model.architecture import Architecture, build_model
 from structconv_cli.model.checkpoint import Checkpoint, load_checkpoint, load_into, save_like
 from structconv_cli.model.inventory import Inventory, first_channels, take_inventory
-from structconv_cli.onnx.export import export_onnx, save_onnx
+from structconv_cli.onnx.export import export_onnx, load_onnx, save_onnx
 from structconv_cli.onnx.lower import lower
 from structconv_cli.plan import KeptLayer, Plan, read_plan
 from structconv_cli.planner import check_plan, rule_plan
@@ -143,10 +143,10 @@ def convert(
             write_json(inventory, folder.inventory)
             dense_file = _dense_file(folder, checkpoint)
             folder.write_info(_run_info(request, folder, inventory, plan, dense_file))
-        models, batches = _both_models(folder), data.batches(data.val, _EVALUATION_BATCH)
-        verification = verify(
-            load_artifacts(folder), lambda: compare_models(*models, batches), observer
-        )
+        artifacts = load_artifacts(folder)
+        models = run_onnx(original), run_onnx(artifacts.structured_onnx)
+        batches = data.batches(data.val, _EVALUATION_BATCH)
+        verification = verify(artifacts, lambda: compare_models(*models, batches), observer)
         write_json(verification, folder.verify_result)
         layers = _outcomes(inventory, plan, forms)
         costs = [layer for layer in layers if layer.before and layer.after]
@@ -174,7 +174,7 @@ def verify_run(path: Path, observer: Observer = SILENT) -> VerifyResult:
     info = folder.info()
     artifacts = load_artifacts(folder)
     channels = artifacts.inventory.input_shape[0]
-    models = _both_models(folder)
+    models = run_onnx(load_onnx(folder.original_onnx)), run_onnx(artifacts.structured_onnx)
     try:
         with observer.stage("data"):
             data = load_dataset(info.data, channels=channels, progress=observer.steps)
@@ -185,10 +185,6 @@ def verify_run(path: Path, observer: Observer = SILENT) -> VerifyResult:
         result = verify(artifacts, lambda: compare_models(*models, batches), observer)
     write_json(result, folder.verify_result)
     return result
-
-
-def _both_models(folder: RunFolder) -> tuple[Model, Model]:
-    return run_onnx(folder.original_onnx), run_onnx(folder.structured_onnx)
 
 
 def _load_model(request: ConvertRequest) -> tuple[Checkpoint, nn.Module]:

@@ -150,10 +150,9 @@ def _check_weights(layer: LayerWeights) -> Check:
     deviation = dense - layer.structure.expand(layer.reduced.double())
     allowed = stored_weight_bound(layer.dense, layer.reduced, layer.structure)
     check = compare(layer.spec.name, "weights", deviation, allowed, "the expanded weight")
-    biases = layer.bias, layer.reduced_bias
-    if check.passed and not all(
-        a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in [biases]
-    ):
+    one, other = layer.bias, layer.reduced_bias
+    same = one is other if one is None or other is None else torch.equal(one, other)
+    if check.passed and not same:
         return replace(check, passed=False, detail="the structured layer's bias differs")
     return check
 

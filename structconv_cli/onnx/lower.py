@@ -30,7 +30,7 @@ import torch
 from onnx import helper, numpy_helper
 
 from structconv_cli.errors import OnnxError
-from structconv_cli.onnx.nodes import ConvAttributes, NodeList
+from structconv_cli.onnx.nodes import ConvAttributes, NodeList, is_transposed, layer_of
 from structconv_cli.structure import Structure
 
 _ROUNDING = 64 * 2.0**-24
@@ -76,8 +76,8 @@ def lower(
     done: list[LoweredLayer] = []
     reduced: dict[str, npt.NDArray[np.float32]] = {}
     for node in graph.node:
-        layer = _layer_of(node, structures)
-        if layer is None:
+        layer = layer_of(node)
+        if layer is None or layer not in structures:
             emitted.append(node)
             continue
         name = node.input[1]
@@ -108,23 +108,10 @@ def lower(
     return lowered, tuple(done)
 
 
-def _layer_of(node: onnx.NodeProto, structures: Mapping[str, Structure]) -> str | None:
-    if node.op_type not in ("Conv", "Gemm", "MatMul") or len(node.input) < 2:
-        return None
-    layer, _, parameter = node.input[1].rpartition(".")
-    return layer if parameter == "weight" and layer in structures else None
-
-
 def _dense_weight(node: onnx.NodeProto, tensor: onnx.TensorProto) -> torch.Tensor:
     """The node's weight as (C_out, ...), in float64."""
     weight = torch.from_numpy(numpy_helper.to_array(tensor).astype(np.float64))
-    return weight.T if _is_transposed(node) else weight
-
-
-def _is_transposed(node: onnx.NodeProto) -> bool:
-    if node.op_type == "Gemm":
-        return not any(a.name == "transB" and a.i for a in node.attribute)
-    return node.op_type == "MatMul"
+    return weight.T if is_transposed(node) else weight
 
 
 def _check(layer: str, weight: torch.Tensor, structure: Structure) -> None:
@@ -251,4 +238,4 @@ def _lower_linear(
     x = _difference(node.input[0], structure.dense[0], structure.reduced[0], axis, emit)
     output = emit.add(node.op_type, [x, *node.input[1:]], node.output[0])
     output.attribute.extend(node.attribute)
-    return (weight.T if _is_transposed(node) else weight), f"channel difference + {node.op_type}"
+    return (weight.T if is_transposed(node) else weight), f"channel difference + {node.op_type}"

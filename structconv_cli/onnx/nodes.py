@@ -11,6 +11,24 @@ from onnx import helper, numpy_helper
 from structconv_cli.errors import OnnxError
 
 
+def layer_of(node: onnx.NodeProto) -> str | None:
+    """The layer whose weight, `LAYER.weight`, a Conv, Gemm or MatMul node uses; None otherwise.
+
+    The name is empty where the model itself is the layer.
+    """
+    if node.op_type not in ("Conv", "Gemm", "MatMul") or len(node.input) < 2:
+        return None
+    layer, _, parameter = node.input[1].rpartition(".")
+    return layer if parameter == "weight" else None
+
+
+def is_transposed(node: onnx.NodeProto) -> bool:
+    """Whether a node's weight is held as (inputs, outputs), the transpose of PyTorch's layout."""
+    if node.op_type == "Gemm":
+        return not any(a.name == "transB" and a.i for a in node.attribute)
+    return node.op_type == "MatMul"
+
+
 @dataclass(frozen=True)
 class ConvAttributes:
     """A Conv node's attributes, one entry per spatial axis.

@@ -1,6 +1,7 @@
 """Looking inside ONNX graphs: running them, exposing tensors, measuring a sub-graph's kernel."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import product
 from math import prod
 
@@ -11,7 +12,7 @@ import onnxruntime
 from onnx import helper, numpy_helper
 
 from structconv_cli.errors import OnnxError, one_line
-from structconv_cli.onnx.nodes import ConvAttributes
+from structconv_cli.onnx.nodes import ConvAttributes, is_transposed, layer_of
 
 Array = npt.NDArray[np.float32]
 
@@ -27,14 +28,10 @@ def session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    try:
+    with _runtime_errors("load"):
         return onnxruntime.InferenceSession(
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
-    except Exception as error:
-        if not type(error).__module__.startswith("onnxruntime"):
-            raise
-        raise OnnxError(f"ONNX Runtime cannot load the model: {one_line(error)}") from None
 
 
 def run(runtime: onnxruntime.InferenceSession, feed: Array) -> list[Array]:
@@ -43,13 +40,20 @@ def run(runtime: onnxruntime.InferenceSession, feed: Array) -> list[Array]:
     Raises:
         OnnxError: ONNX Runtime refuses the input, or fails.
     """
-    try:
+    with _runtime_errors("run"):
         outputs: list[Array] = runtime.run(None, {runtime.get_inputs()[0].name: feed})
+    return outputs
+
+
+@contextmanager
+def _runtime_errors(verb: str) -> Iterator[None]:
+    """Turn ONNX Runtime's exceptions, which share no root of their own, into an OnnxError."""
+    try:
+        yield
     except Exception as error:
         if not type(error).__module__.startswith("onnxruntime"):
             raise
-        raise OnnxError(f"ONNX Runtime cannot run the model: {one_line(error)}") from None
-    return outputs
+        raise OnnxError(f"ONNX Runtime cannot {verb} the model: {one_line(error)}") from None
 
 
 def run_exposed(model: onnx.ModelProto, feed: Array, tensors: Sequence[str]) -> dict[str, Array]:
@@ -78,10 +82,9 @@ def layer_nodes(model: onnx.ModelProto, layers: Sequence[str]) -> dict[str, list
     """The nodes whose weight is `LAYER.weight`, by layer, in graph order."""
     found: dict[str, list[onnx.NodeProto]] = {}
     for node in model.graph.node:
-        if node.op_type in ("Conv", "Gemm", "MatMul") and len(node.input) > 1:
-            layer, _, parameter = node.input[1].rpartition(".")
-            if parameter == "weight" and layer in layers:
-                found.setdefault(layer, []).append(node)
+        layer = layer_of(node)
+        if layer is not None and layer in layers:
+            found.setdefault(layer, []).append(node)
     return found
 
 
@@ -89,8 +92,7 @@ def dense_kernel(model: onnx.ModelProto, node: onnx.NodeProto) -> tuple[Array, A
     """Weight (C_out, C/groups, *kernel) and bias (C_out,) of a Conv, Gemm or MatMul node."""
     tensors = {t.name: t for t in model.graph.initializer}
     weight = numpy_helper.to_array(tensors[node.input[1]])
-    transposed = node.op_type == "Gemm" and any(a.name == "transB" and a.i for a in node.attribute)
-    if node.op_type != "Conv" and not transposed:
+    if is_transposed(node):
         weight = weight.T
     if len(node.input) > 2:
         bias = numpy_helper.to_array(tensors[node.input[2]])
