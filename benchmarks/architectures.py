@@ -1,7 +1,8 @@
-"""torchvision's architectures, with random weights, where no CPU build of torchvision exists.
+"""torchvision's and timm's architectures, with random weights, on a CPU build of torch alone.
 
 `pip install --no-deps torchvision==0.28.0` installs a build whose compiled operators do not load
-beside a CPU build of torch; architectures need none of them, once they are declared.
+beside a CPU build of torch; architectures need none of them, once they are declared. timm imports
+torchvision, and needs the same: `pip install --no-deps timm; pip install huggingface_hub pyyaml`.
 """
 
 import torch
@@ -18,3 +19,12 @@ def torchvision_model(name: str, seed: int = 0) -> nn.Module:
 
     torch.manual_seed(seed)
     return torchvision.models.get_model(name, weights=None).eval()
+
+
+def timm_model(name: str, seed: int = 0) -> nn.Module:
+    """A timm classification model with random weights, in eval mode."""
+    import timm
+
+    torch.manual_seed(seed)
+    model: nn.Module = timm.create_model(name, pretrained=False)
+    return model.eval()

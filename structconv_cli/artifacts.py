@@ -14,8 +14,8 @@ from structconv_cli.errors import RunFolderError
 from structconv_cli.json_file import read_json
 from structconv_cli.model.checkpoint import load_checkpoint
 from structconv_cli.model.inventory import Inventory
-from structconv_cli.onnx.export import load_onnx, set_metadata
-from structconv_cli.onnx.lower import LoweredLayer
+from structconv_cli.onnx.file import load_onnx, set_metadata
+from structconv_cli.onnx.lower import LoweredLayer, Lowering
 from structconv_cli.onnx.probe import Array, dense_kernel, layer_nodes, run, session
 from structconv_cli.plan import Plan, read_plan
 from structconv_cli.run_folder import RunFolder
@@ -78,6 +78,7 @@ def load_artifacts(folder: RunFolder) -> Artifacts:
         reduced=load_tensors(folder.structured_weights),
         dense_onnx=load_onnx(folder.dense_onnx),
         structured_onnx=load_onnx(folder.structured_onnx),
+        carried=read_json(folder.lowering, Lowering).carried,
         reference=load_tensors(folder.reference),
     )
     stamps = {entry.key: entry.value for entry in artifacts.structured_onnx.metadata_props}

@@ -84,6 +84,8 @@ def convert(
     std: options.Std = "",
     val_split: options.ValSplit = None,
     seed: options.Seed = 0,
+    forms: options.Forms = "measure",
+    timings: options.Timings = None,
 ) -> None:
     """Fine-tune a trained CNN into its structured form, rewrite, export and verify it."""
     console = Console()
@@ -92,6 +94,9 @@ def convert(
         from structconv_cli.data.spec import DataSpec
         from structconv_cli.finetune import FineTuneSettings
         from structconv_cli.model.architecture import Architecture, parse_arguments
+        from structconv_cli.onnx.choose import Target
+        from structconv_cli.onnx.lower import LoweringSettings
+        from structconv_cli.onnx.timing_cache import default_path
 
         request = ConvertRequest(
             checkpoint=checkpoint,
@@ -114,10 +119,63 @@ def convert(
             plan_file=plan,
             out=out,
             force=force,
+            lowering=LoweringSettings(forms, Target(), timings or default_path()),
             command=tuple(sys.argv),
         )
         exact = _convert(request, console)
     if not exact:
+        raise typer.Exit(CHECK_FAILED)
+
+
+@app.command(epilog="Example: structconv lower model.onnx -o lowered.onnx --threads 2")
+def lower(
+    model: Annotated[
+        Path, typer.Argument(help="ONNX model whose weights are structured.", show_default=False)
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The file to write.", show_default=False)
+    ],
+    plan: options.PlanFile = None,
+    forms: options.Forms = "measure",
+    device: options.Device = "cpu",
+    threads: options.Threads = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per run to be fast for.")] = 1,
+    input_shape: Annotated[
+        list[str] | None,
+        typer.Option(help="Sizes of an input with open axes: NAME=1x3x224x224.", metavar="SHAPE"),
+    ] = None,
+    timings: options.Timings = None,
+    json: _JSON = False,
+) -> None:
+    """Write an ONNX model's structured layers in their fastest exact forms.
+
+    The structure is found in the weights, or told by --plan. Every node of the result is checked
+    against the original; exit status 3 if a check fails or no layer is structured, and then nothing
+    is written.
+    """
+    with _failures(written=f"nothing was written to {output}"):
+        from structconv_cli.json_file import to_json
+        from structconv_cli.lowering import lower_file
+        from structconv_cli.onnx.choose import Target
+        from structconv_cli.onnx.lower import LoweringSettings
+        from structconv_cli.onnx.timing_cache import default_path
+        from structconv_cli.report import lower_report
+        from structconv_cli.terminal import observer_for
+
+        target = Target(device, threads, batch_size)
+        result = lower_file(
+            model,
+            output,
+            LoweringSettings(forms, target, timings or default_path()),
+            plan_file=plan,
+            shapes=_shapes(input_shape or []),
+            observer=observer_for(Console(stderr=True)),
+        )
+        if json:
+            typer.echo(to_json(result), nl=False)
+        else:
+            Console().print(lower_report(result))
+    if result.written is None:
         raise typer.Exit(CHECK_FAILED)
 
 
@@ -145,8 +203,8 @@ def verify(run: _RUN = Path("structconv-run"), json: _JSON = False) -> None:
 @app.command(epilog="Example: structconv benchmark structconv-run --threads 2 --batch-size 8")
 def benchmark(
     run: _RUN = Path("structconv-run"),
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    threads: Annotated[int, typer.Option(min=1, help="ONNX Runtime's threads in a run.")] = 1,
+    device: options.Device = "cpu",
+    threads: options.Threads = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per run.")] = 1,
     rounds: Annotated[int, typer.Option(min=5, help="Interleaved rounds to measure.")] = 30,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the input and the order.")] = 0,
@@ -235,6 +293,19 @@ def _augmentation(text: str) -> tuple[str, ...]:
     if unknown:
         raise typer.BadParameter(f"--augment knows crop, flip and none; found {unknown[0]}.")
     return kinds
+
+
+def _shapes(texts: list[str]) -> dict[str, tuple[int, ...]]:
+    shapes = {}
+    for text in texts:
+        name, _, sizes = text.rpartition("=")
+        try:
+            shapes[name] = tuple(int(size) for size in sizes.split("x"))
+        except ValueError:
+            shapes[name] = (0,)
+        if not name or min(shapes[name]) < 1:
+            raise typer.BadParameter(f"--input-shape takes NAME=1x3x224x224; found {text!r}.")
+    return shapes
 
 
 def _floats(option: str, text: str) -> tuple[float, ...]:

@@ -1,10 +1,11 @@
 """The pipeline: checkpoint, data and plan in; a run folder with a verified ONNX model out."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+import onnx
 import torch
 from torch import nn
 
@@ -20,8 +21,9 @@ from structconv_cli.json_file import write_json
 from structconv_cli.model.architecture import Architecture, build_model
 from structconv_cli.model.checkpoint import Checkpoint, load_checkpoint, load_into, save_like
 from structconv_cli.model.inventory import Inventory, first_channels, take_inventory
-from structconv_cli.onnx.export import export_onnx, load_onnx, save_onnx
-from structconv_cli.onnx.lower import lower
+from structconv_cli.onnx.export import export_onnx
+from structconv_cli.onnx.file import load_onnx, save_onnx
+from structconv_cli.onnx.lower import Lowering, LoweringSettings, lower
 from structconv_cli.plan import KeptLayer, Plan, read_plan
 from structconv_cli.planner import check_plan, rule_plan
 from structconv_cli.progress import SILENT, Observer
@@ -32,6 +34,7 @@ from structconv_cli.verify import VerifyResult, record_reference, verify
 
 _EVALUATION_BATCH = 64
 _TRACE_BATCH = 2
+_SLIMMED = "only the channels that it reads were left to it"
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class ConvertRequest:
         plan_file: a plan to obey instead.
         out: the run folder to write.
         force: whether an existing run folder is replaced.
+        lowering: how the ONNX forms are chosen.
         command: the command line's words, for the record.
     """
 
@@ -59,6 +63,7 @@ class ConvertRequest:
     plan_file: Path | None
     out: Path
     force: bool
+    lowering: LoweringSettings = field(default_factory=LoweringSettings)
     command: tuple[str, ...] = ()
 
 
@@ -138,17 +143,19 @@ def convert(
     with new_run_folder(request.out, request.force) as folder:
         with observer.stage("rewrite and export"):
             save_onnx(original, folder.original_onnx)
-            forms = _write_models(folder, checkpoint, tuned, plan, data, example)
+            dense_graph = _write_models(folder, checkpoint, tuned, plan, data, example)
             write_json(plan, folder.plan)
             write_json(inventory, folder.inventory)
             dense_file = _dense_file(folder, checkpoint)
             folder.write_info(_run_info(request, folder, inventory, plan, dense_file))
+        with observer.stage("lowering"):
+            lowering = _lower(folder, dense_graph, plan, data, request, observer)
         artifacts = load_artifacts(folder)
         models = run_onnx(original), run_onnx(artifacts.structured_onnx)
         batches = data.batches(data.val, _EVALUATION_BATCH)
         verification = verify(artifacts, lambda: compare_models(*models, batches), observer)
         write_json(verification, folder.verify_result)
-        layers = _outcomes(inventory, plan, forms)
+        layers = _outcomes(inventory, plan, lowering)
         costs = [layer for layer in layers if layer.before and layer.after]
         result = ConvertResult(
             layers=layers,
@@ -214,8 +221,8 @@ def _write_models(
     plan: Plan,
     data: Dataset,
     example: torch.Tensor,
-) -> dict[str, str]:
-    """Write weights, graphs and reference outputs; return each lowered layer's form."""
+) -> onnx.ModelProto:
+    """Write weights, the dense graph and reference outputs; return the graph."""
     state = tuned.state_dict()
     dense = {name: state[name] for name in checkpoint.tensors}
     save_like(checkpoint, dense, _dense_file(folder, checkpoint))
@@ -223,12 +230,29 @@ def _write_models(
     save_tensors(rewritten.state_dict(), folder.structured_weights, plan)
     dense_graph = export_onnx(tuned, example)
     save_onnx(dense_graph, folder.dense_onnx)
-    structured, lowered = lower(dense_graph, plan.structures)
-    stamp(structured, plan, lowered)
-    save_onnx(structured, folder.structured_onnx)
     real = data.prepare(data.val.images[:64])
     save_tensors(record_reference(tuned, tuple(example.shape[1:]), real), folder.reference, plan)
-    return {entry.name: entry.form for entry in lowered}
+    return dense_graph
+
+
+def _lower(
+    folder: RunFolder,
+    dense: onnx.ModelProto,
+    plan: Plan,
+    data: Dataset,
+    request: ConvertRequest,
+    observer: Observer,
+) -> Lowering:
+    """Write the lowered graph, and how it was lowered."""
+    batch = request.lowering.target.batch_size
+    images = data.prepare(data.val.images[:1]).repeat(batch, 1, 1, 1).numpy()
+    how = request.lowering.how({dense.graph.input[0].name: images})
+    structured, lowering = lower(dense, plan.structures, how, observer)
+    stamp(structured, plan, lowering.layers)
+    save_onnx(structured, folder.structured_onnx)
+    write_json(lowering, folder.lowering)
+    observer.note(f"{len(lowering.layers)} layers in cheaper forms")
+    return lowering
 
 
 def _dense_file(folder: RunFolder, checkpoint: Checkpoint) -> Path:
@@ -246,6 +270,7 @@ def _run_info(
         "original model": folder.original_onnx,
         "dense structured model": folder.dense_onnx,
         "structured model": folder.structured_onnx,
+        "lowering": folder.lowering,
         "reference outputs": folder.reference,
     }
     return RunInfo(
@@ -262,22 +287,23 @@ def _run_info(
     )
 
 
-def _outcomes(inventory: Inventory, plan: Plan, forms: dict[str, str]) -> tuple[LayerOutcome, ...]:
+def _outcomes(inventory: Inventory, plan: Plan, lowering: Lowering) -> tuple[LayerOutcome, ...]:
     traced = {layer.spec.name: layer for layer in inventory.layers}
+    forms = {entry.name: entry.form for entry in lowering.layers}
+    reasons = {entry.name: entry.reason for entry in lowering.dense}
     outcomes = []
     for entry in plan.layers:
         layer = traced.get(entry.name)
         before = after = None
         if layer is not None:
             before = after = dense_cost(layer.spec, layer.output_size, layer.calls)
-            if not isinstance(entry, KeptLayer):
+            if entry.name in forms and not isinstance(entry, KeptLayer):
                 after = structured_cost(layer.spec, entry.structure, layer.output_size, layer.calls)
         if isinstance(entry, KeptLayer):
             outcomes.append(LayerOutcome(entry.name, None, entry.reason, before, after))
         else:
-            outcomes.append(
-                LayerOutcome(entry.name, entry.structure, forms[entry.name], before, after)
-            )
+            note = forms.get(entry.name) or f"dense ({reasons.get(entry.name, _SLIMMED)})"
+            outcomes.append(LayerOutcome(entry.name, entry.structure, note, before, after))
     return tuple(outcomes)
 
 

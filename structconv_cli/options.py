@@ -116,3 +116,17 @@ Seed = Annotated[
         rich_help_panel="Fine-tuning", min=0, help="Seed of splits, order and augmentation."
     ),
 ]
+Forms = Annotated[
+    str,
+    typer.Option(
+        help="measure: time every layer's ONNX forms here, take the fastest. Or one form for all, "
+        "for reproducible builds: split, banded, sliced or prefix (channels), average or ones "
+        "(space), or one of each, such as split+average.",
+    ),
+]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Threads = Annotated[int, typer.Option(min=1, help="ONNX Runtime's threads in a run.")]
+Timings = Annotated[
+    Path | None,
+    typer.Option(help="File of known timings. By default in the user's cache folder."),
+]

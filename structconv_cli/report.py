@@ -8,9 +8,11 @@ from rich.table import Table
 from rich.text import Text
 
 from structconv_cli.approximation import Approximation
-from structconv_cli.convert import ConvertResult, LayerOutcome
+from structconv_cli.convert import ConvertResult
 from structconv_cli.exactness import Check
 from structconv_cli.graph_check import KEPT_ONNX
+from structconv_cli.lowering import LowerResult
+from structconv_cli.onnx.lower import Lowering
 from structconv_cli.timing.benchmark import BenchmarkResult
 from structconv_cli.timing.model_timing import ModelTiming
 from structconv_cli.timing.speedup import FASTER, SLOWER, Speedup
@@ -19,11 +21,94 @@ from structconv_cli.verify import KEPT, VerifyResult
 
 def convert_report(result: ConvertResult, verification: VerifyResult) -> RenderableType:
     """What `convert` shows: layers, accuracy by stage, size, and whether the rewrite is exact."""
-    parts: list[RenderableType] = [_layer_table(result), _kept(result.layers)]
+    kept = [(layer.note, layer.name) for layer in result.layers if layer.structure is None]
+    parts: list[RenderableType] = [_layer_table(result), _grouped("Kept dense", kept)]
     parts += [_stage_table(result), _totals(result)]
     parts += [Text.from_markup(f"[yellow]Note:[/] {escape(note)}") for note in result.notes]
     parts.append(_exactness_verdict(verification))
     return Group(*_spaced(parts))
+
+
+def lower_report(result: LowerResult) -> RenderableType:
+    """What `lower` shows: forms, what was left dense and why, times, and whether it is exact."""
+    lowering = result.lowering
+    parts: list[RenderableType] = [
+        Text.from_markup(f"[yellow]Note:[/] {escape(note)}") for note in result.notes
+    ]
+    if lowering.layers:
+        parts.append(_form_table(lowering))
+    if lowering.dense:
+        reasons = [(entry.reason, entry.name) for entry in lowering.dense]
+        parts.append(_grouped("Left dense", reasons))
+    if lowering.ms:
+        parts.append(_alternatives(lowering))
+    parts.append(_lower_verdict(result))
+    return Group(*_spaced(parts))
+
+
+def _form_table(lowering: Lowering) -> Table:
+    table = Table(title="Layers in cheaper forms", title_justify="left")
+    for column in ("form", "layers", "input not carried in parts because"):
+        table.add_column(column, overflow="fold")
+    groups: dict[tuple[str, str], list[str]] = {}
+    for entry in lowering.layers:
+        groups.setdefault((entry.form, entry.note), []).append(entry.name)
+    for (form, note), names in groups.items():
+        table.add_row(form, escape(_names(names)), escape(note))
+    return table
+
+
+def _alternatives(lowering: Lowering) -> Text:
+    dense = lowering.ms["dense"]
+    times = ", ".join(
+        f"{name} {ms:.3g} ms ({dense / ms:.2f})" for name, ms in lowering.ms.items() if ms
+    )
+    return Text(
+        f"Median time of the whole model by alternative, and speed-up over dense: {times}. "
+        f"{lowering.environment}; {lowering.timed} timings taken, {lowering.known} known.",
+        style="dim",
+    )
+
+
+def _lower_verdict(result: LowerResult) -> Text:
+    failed = [check for check in result.checks if not check.passed]
+    if not result.found:
+        return Text.from_markup(
+            "[bold yellow]No structured layer found[/]: no weight lies in a structured subspace, "
+            "so nothing was written. `structconv convert` makes a model structured."
+        )
+    if failed:
+        first = failed[0]
+        return Text.from_markup(
+            f"[bold red]Not exact[/]: {len(failed)} of {len(result.checks)} checks failed, nothing "
+            f"was written. First: {escape(first.subject)}, {first.what}: {escape(first.detail)}. "
+            "This is a bug in structconv; please report it with the model."
+        )
+    if result.written is None:
+        return Text.from_markup(
+            "[bold yellow]Nothing written[/]: no structured layer has a form that is faster here "
+            "than the dense one. Keep the model as it is."
+        )
+    return Text.from_markup(
+        f"[bold green]Exact[/]: {len(result.checks)} checks, every node of the dense graph among "
+        f"them. Wrote [bold]{escape(result.written)}[/], {_bytes(result.bytes_after)} (before: "
+        f"{_bytes(result.bytes_before)}), in {result.seconds:.0f} s."
+    )
+
+
+def _names(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _grouped(title: str, entries: Iterable[tuple[str, str]]) -> Table:
+    """Names by what they share."""
+    groups: dict[str, list[str]] = {}
+    for shared, name in entries:
+        groups.setdefault(shared, []).append(name)
+    table = Table(title=title, title_justify="left", show_header=False)
+    for shared, names in groups.items():
+        table.add_row(escape(_names(names)), escape(shared))
+    return table
 
 
 def verify_report(result: VerifyResult) -> RenderableType:
@@ -101,18 +186,6 @@ def _layer_table(result: ConvertResult) -> Table:
         kernel = f"{_size(layer.structure.dense)} → {_size(layer.structure.reduced)}"
         macs = f"{_big(layer.before.multiplications)} → {_big(layer.after.multiplications)}"
         table.add_row(escape(layer.name), kernel, macs, layer.note)
-    return table
-
-
-def _kept(layers: Iterable[LayerOutcome]) -> Table:
-    reasons: dict[str, list[str]] = {}
-    for layer in layers:
-        if layer.structure is None:
-            reasons.setdefault(layer.note, []).append(layer.name)
-    table = Table(title="Kept dense", title_justify="left", show_header=False)
-    for reason, names in reasons.items():
-        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        table.add_row(escape(shown), reason)
     return table
 
 

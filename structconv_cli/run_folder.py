@@ -92,6 +92,11 @@ class RunFolder:
         return self.path / "structured.onnx"
 
     @property
+    def lowering(self) -> Path:
+        """How it was lowered, and what its tensors stand for: a Lowering."""
+        return self.path / "lowering.json"
+
+    @property
     def reference(self) -> Path:
         """Inputs, and the outputs that PyTorch computed for them with the dense weights."""
         return self.path / "reference.safetensors"

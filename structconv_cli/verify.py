@@ -28,9 +28,10 @@ from structconv_cli.exactness import (
     compare,
     random_input,
 )
-from structconv_cli.graph_check import check_graph
+from structconv_cli.graph_check import LoweredGraph, check_graph
 from structconv_cli.model.eval_mode import eval_mode
 from structconv_cli.model.inventory import Inventory
+from structconv_cli.onnx.channels import Carried
 from structconv_cli.onnx.probe import (
     layer_nodes,
     run,
@@ -61,6 +62,7 @@ class Artifacts:
         reduced: tensors of the rewritten model, by parameter name.
         dense_onnx: the dense structured model as the stock exporter wrote it.
         structured_onnx: the lowered model.
+        carried: the tensors of it that stand for tensors of the dense one.
         reference: `NAME.input` and `NAME.output` of the whole model, from `record_reference`.
     """
 
@@ -70,6 +72,7 @@ class Artifacts:
     reduced: Mapping[str, torch.Tensor]
     dense_onnx: onnx.ModelProto
     structured_onnx: onnx.ModelProto
+    carried: Mapping[str, Carried]
     reference: Mapping[str, torch.Tensor]
 
 
@@ -139,9 +142,14 @@ def verify(
     with observer.stage("layers in PyTorch"):
         layers = _check_layers(artifacts, observer)
     with observer.stage("layers in ONNX Runtime"):
-        layers += check_graph(
-            artifacts.plan.structures, artifacts.dense_onnx, artifacts.structured_onnx, observer
+        pair = LoweredGraph(
+            artifacts.dense_onnx,
+            artifacts.structured_onnx,
+            artifacts.carried,
+            artifacts.plan.structures,
         )
+        real = artifacts.reference[f"{REAL}.input"][:_LAYER_IMAGES].numpy()
+        layers += check_graph(pair, {_input(artifacts): real}, observer)
     with observer.stage("whole model in ONNX Runtime"):
         model = _check_model(artifacts)
     approximation, missing = _measure(approximate, observer)
@@ -174,7 +182,7 @@ def _check_layers(artifacts: Artifacts, observer: Observer) -> list[Check]:
     nodes = layer_nodes(artifacts.dense_onnx, list(structures))
     images = artifacts.reference[f"{REAL}.input"][:_LAYER_IMAGES].numpy()
     sources = [found[0].input[0] for found in nodes.values()]
-    tensors = run_exposed(artifacts.dense_onnx, images, sources)
+    tensors = run_exposed(artifacts.dense_onnx, {_input(artifacts): images}, sources)
     checks: list[Check] = []
     for done, (name, structure) in enumerate(structures.items()):
         layer = _layer_weights(artifacts, name, structure)
@@ -244,20 +252,28 @@ def _first_diverging(
     if failed:
         return min(failed, key=lambda name: order.index(name) if name in order else len(order))
     failed_input = next(check.subject for check in model if not check.passed)
-    images = artifacts.reference[f"{failed_input}.input"].numpy()
+    feeds = {_input(artifacts): artifacts.reference[f"{failed_input}.input"].numpy()}
     nodes = layer_nodes(artifacts.dense_onnx, order)
     outputs = {node.output[0]: name for name, found in nodes.items() for node in found}
     try:
-        dense = run_exposed(artifacts.dense_onnx, images, list(outputs))
-        lowered = run_exposed(artifacts.structured_onnx, images, list(outputs))
+        dense = run_exposed(artifacts.dense_onnx, feeds, list(outputs))
+        parts = {name: artifacts.carried.get(name) or ((name, None),) for name in outputs}
+        inner = [tensor for carried in parts.values() for tensor, _ in carried]
+        lowered = run_exposed(artifacts.structured_onnx, feeds, inner)
     except OnnxError:
         return None
     tolerance = _model_tolerance(artifacts)
     for node in artifacts.dense_onnx.graph.node:
-        for tensor in node.output:
-            if tensor in outputs:
-                expected, found = dense[tensor], lowered[tensor]
-                room = tolerance * np.abs(expected).max()
+        for name in (name for name in node.output if name in outputs):
+            room = tolerance * np.abs(dense[name]).max()
+            for tensor, channels in parts[name]:
+                expected = channels.apply(dense[name], 1) if channels else dense[name]
+                found = lowered[tensor]
                 if found.shape != expected.shape or not np.abs(found - expected).max() <= room:
-                    return outputs[tensor]
+                    return outputs[name]
     return None
+
+
+def _input(artifacts: Artifacts) -> str:
+    """The graph's input."""
+    return str(artifacts.dense_onnx.graph.input[0].name)

@@ -41,6 +41,14 @@ def pointwise():
 """
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Timings neither come from the user's cache nor go there, in this process and its children."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["XDG_CACHE_HOME"] = str(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with tiny.py, tiny.pt (untrained weights) and data.npz (3 classes, 8x8, gray)."""

@@ -51,7 +51,11 @@ def process(*words: object, cwd: Path, **kwargs: object) -> subprocess.Completed
 
 def tiny_words(tiny: Path, **changed: str | None) -> list[str]:
     options = {"arch": f"{tiny}/tiny.py:tiny", "data": f"{tiny}/data.npz", "val-split": "0.25"}
-    options |= {"epochs": "1", **{key.replace("_", "-"): v for key, v in changed.items()}}  # type: ignore[dict-item]
+    options |= {
+        "epochs": "1",
+        "forms": "split",
+        **{key.replace("_", "-"): v for key, v in changed.items()},
+    }  # type: ignore[dict-item]
     checkpoint = options.pop("checkpoint", f"{tiny}/tiny.pt")
     words = [f"--{key}={value}" for key, value in options.items() if value is not None]
     return ["convert", checkpoint, *words]
@@ -73,6 +77,8 @@ def sample_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = process("convert", *SAMPLE, "--epochs", 2, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
+    # The default measures the forms, and remembers what it measured.
+    assert (Path(os.environ["XDG_CACHE_HOME"]) / "structconv/timings.json").is_file()
     assert "The rewrite is exact" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
     return folder
@@ -190,7 +196,7 @@ def test_a_plan_file_is_obeyed(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_help_and_version() -> None:
-    for words in ([], ["convert"], ["verify"], ["benchmark"]):
+    for words in ([], ["convert"], ["lower"], ["verify"], ["benchmark"]):
         result = run(*words, "--help")
         assert result.exit_code == 0
         assert "Example: structconv" in result.output or not words
@@ -207,6 +213,12 @@ def test_help_and_version() -> None:
             "mixup",
         ),
         (["convert", "x.pt", "--arch", "a.py:b", "--data", "digits", "--sr-epochs", "9"], "9"),
+        (["lower", "x.onnx"], "--output"),
+        (["lower", "x.onnx", "-o", "y.onnx", "--input-shape", "1x3x8x8"], "1x3x8x8"),
+        (["lower", "x.onnx", "-o", "y.onnx", "--input-shape", "x=1xax8"], "x=1xax8"),
+        (["lower", "x.onnx", "-o", "y.onnx", "--input-shape", "x=1x0x8"], "x=1x0x8"),
+        (["lower", "x.onnx", "-o", "y.onnx", "--batch-size", "0"], "batch-size"),
+        (["lower", "x.onnx", "-o", "y.onnx", "--threads", "0"], "threads"),
         (["benchmark", "--rounds", "1"], "rounds"),
         (["unknown"], "unknown"),
     ],
@@ -307,6 +319,9 @@ class TestBadInput:
         plan.write_text("{")
         self.refused(tiny, "plan.json", plan=str(plan))
 
+    def test_unknown_form(self, tiny: Path) -> None:
+        self.refused(tiny, "spilt", "split+average", forms="spilt")
+
     def test_diverging_training(self, tiny: Path) -> None:
         self.refused(tiny, "--lr", lr="1e30", epochs="2")
 
@@ -353,6 +368,37 @@ def test_a_provider_that_is_not_installed(tiny_run: Path) -> None:
     assert_error(run("benchmark", tiny_run, "--device", "abacus"), "abacus")
 
 
+def test_the_form_that_was_asked_for_is_written(tiny: Path, tmp_path: Path) -> None:
+    found = {}
+    for forms in ("average", "ones", "dense"):
+        out = tmp_path / forms
+        result = run(*tiny_words(tiny, out=str(out), epochs="0", forms=forms))
+        assert result.exit_code == 0, result.output
+        lowering = json.loads((out / "lowering.json").read_text())
+        assert (lowering["ms"], lowering["timed"], lowering["environment"]) == ({}, 0, "")
+        found[forms] = {layer["name"]: layer["form"] for layer in lowering["layers"]}
+        assert [layer["name"] for layer in lowering["dense"]] == (
+            ["conv"] if forms == "dense" else []
+        )
+    assert found == {
+        "average": {"conv": "AveragePool + Conv"},
+        "ones": {"conv": "depthwise ones + Conv"},
+        "dense": {},
+    }
+
+
+def test_a_conversion_measures_once(tiny: Path, tmp_path: Path) -> None:
+    runs = []
+    for name in ("one", "two"):
+        words = tiny_words(tiny, out=str(tmp_path / name), epochs="0", forms="measure")
+        result = run(*words, "--timings", tmp_path / "timings.json")
+        assert result.exit_code == 0, result.output
+        runs.append(json.loads((tmp_path / name / "lowering.json").read_text()))
+    one, two = runs
+    assert one["timed"] > 0
+    assert (two["timed"], two["ms"], two["layers"]) == (0, one["ms"], one["layers"])
+
+
 def test_a_damaged_weight_fails_verification_with_3(tiny_copy: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -367,7 +413,7 @@ def test_a_damaged_weight_fails_verification_with_3(tiny_copy: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "stage", ["checkpoint", "export of the original", "regularised", "rewrite"]
+    "stage", ["checkpoint", "export of the original", "regularised", "rewrite", "lowering"]
 )
 def test_ctrl_c_is_a_clean_stop_in_every_stage(stage: str, tiny: Path, tmp_path: Path) -> None:
     words = [*tiny_words(tiny, out=str(tmp_path / "run"), epochs="3"), "--sr-epochs=3"]

@@ -16,7 +16,8 @@ from torch.nn import functional
 
 import structconv_cli
 from structconv_cli.errors import OnnxError
-from structconv_cli.onnx.export import OPSET, export_onnx, load_onnx, save_onnx, set_metadata
+from structconv_cli.onnx.export import OPSET, export_onnx
+from structconv_cli.onnx.file import load_onnx, save_onnx, set_metadata
 
 ROOT = Path(__file__).resolve().parents[1]
 

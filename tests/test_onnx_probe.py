@@ -203,7 +203,7 @@ def test_inner_tensors_are_what_pytorch_computes() -> None:
     first = torch.nn.functional.conv2d(
         x.double().relu(), weight, random_bias(8).double(), padding=1
     )
-    values = run_exposed(model, x.numpy(), ["gate", "image", "first", "gate"])
+    values = run_exposed(model, {"image": x.numpy()}, ["gate", "image", "first", "gate"])
     assert set(values) == {"gate", "image", "first"}
     assert np.array_equal(values["image"], x.numpy())
     np.testing.assert_allclose(values["first"], first.numpy(), rtol=0, atol=1e-4)
@@ -213,12 +213,12 @@ def test_inner_tensors_are_what_pytorch_computes() -> None:
 
 def test_the_graph_input_alone_needs_no_run() -> None:
     feed = np.full((1, 8, 2, 2), 3, np.float32)
-    assert np.array_equal(run_exposed(chain(), feed, ["image"])["image"], feed)
+    assert np.array_equal(run_exposed(chain(), {"image": feed}, ["image"])["image"], feed)
 
 
 def test_an_unknown_tensor_is_an_error() -> None:
     with pytest.raises(OnnxError, match="elsewhere"):
-        run_exposed(chain(), np.zeros((1, 8, 4, 4), np.float32), ["gate", "elsewhere"])
+        run_exposed(chain(), {"image": np.zeros((1, 8, 4, 4), np.float32)}, ["gate", "elsewhere"])
 
 
 def test_layer_nodes_are_found_in_graph_order() -> None:

@@ -1,4 +1,4 @@
-"""Exporting a PyTorch model to ONNX, dense, by the stock exporter; and saving ONNX files."""
+"""Exporting a PyTorch model to ONNX, dense, by the stock exporter."""
 
 import ast
 import contextlib
@@ -6,12 +6,10 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import numpy as np
 import onnx
 import torch
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped, unused-ignore]
 from torch import nn
 
 from structconv_cli.errors import OnnxError, one_line
@@ -70,41 +68,6 @@ def export_onnx(model: nn.Module, images: torch.Tensor) -> onnx.ModelProto:
             "constant. Use x.shape[0], x.flatten(1) or -1 instead of a number."
         )
     return proto
-
-
-def save_onnx(proto: onnx.ModelProto, path: Path) -> None:
-    """Check a model with onnx.checker and write it.
-
-    Raises:
-        OnnxError: the checker refuses the model.
-        OSError: the file cannot be written.
-    """
-    try:
-        onnx.checker.check_model(proto, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise OnnxError(f"onnx.checker refuses {path.name}: {error}") from None
-    path.write_bytes(proto.SerializeToString())
-
-
-def load_onnx(path: Path) -> onnx.ModelProto:
-    """Read an ONNX file (its weights inside it).
-
-    Raises:
-        OnnxError: the file is missing or is no ONNX model.
-    """
-    try:
-        proto = onnx.load_model_from_string(path.read_bytes())
-        onnx.checker.check_model(proto)
-    except OSError as error:
-        raise OnnxError(f"cannot read {path}: {error.strerror}.") from None
-    except (onnx.checker.ValidationError, DecodeError, ValueError, RuntimeError) as error:
-        raise OnnxError(f"{path} is not an ONNX model: {one_line(error)}") from None
-    return proto
-
-
-def set_metadata(proto: onnx.ModelProto, entries: Mapping[str, str]) -> None:
-    """Record entries in the model's metadata (`session.get_modelmeta().custom_metadata_map`)."""
-    onnx.helper.set_model_props(proto, dict(entries))
 
 
 @contextlib.contextmanager

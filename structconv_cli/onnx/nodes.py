@@ -1,25 +1,29 @@
-"""Reading and emitting ONNX nodes: a convolution's attributes, and a list of nodes being built."""
+"""Reading ONNX nodes: which layer a node is, how its weight lies, a convolution's attributes."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import onnx
-from onnx import helper, numpy_helper
+from onnx import helper
 
 from structconv_cli.errors import OnnxError
 
+_PARAMETER = re.compile(r"(?:(.*)\.)?weight|(.*)/weight(?:_\d+)?", re.DOTALL)
+
 
 def layer_of(node: onnx.NodeProto) -> str | None:
-    """The layer whose weight, `LAYER.weight`, a Conv, Gemm or MatMul node uses; None otherwise.
+    """The layer whose weight a Conv, Gemm or MatMul node uses; None for any other node.
 
-    The name is empty where the model itself is the layer.
+    A weight is called `LAYER.weight`, as PyTorch calls it, or `LAYER/weight` where it was rewritten
+    (`emitter`); the layer's name is empty where the model itself is the layer. A weight with any
+    other name gives its own name to the layer.
     """
     if node.op_type not in ("Conv", "Gemm", "MatMul") or len(node.input) < 2:
         return None
-    layer, _, parameter = node.input[1].rpartition(".")
-    return layer if parameter == "weight" else None
+    match = _PARAMETER.fullmatch(node.input[1])
+    return (match[1] or match[2] or "") if match else str(node.input[1])
 
 
 def is_transposed(node: onnx.NodeProto) -> bool:
@@ -73,81 +77,12 @@ class ConvAttributes:
         """Pads in ONNX's order: all befores, then all afters."""
         return [before for before, _ in self.pads] + [after for _, after in self.pads]
 
-    def as_onnx(self, kernel: Sequence[int]) -> list[onnx.AttributeProto]:
-        """The attributes of a Conv node with this kernel."""
-        return [
-            helper.make_attribute("kernel_shape", list(kernel)),
-            helper.make_attribute("pads", self.onnx_pads),
-            helper.make_attribute("strides", list(self.strides)),
-            helper.make_attribute("dilations", list(self.dilations)),
-            helper.make_attribute("group", self.group),
-        ]
-
-
-class NodeList:
-    """Nodes and constants of a graph under construction; names of new ones begin with `prefix`."""
-
-    def __init__(self) -> None:
-        self.prefix = ""
-        self.nodes: list[onnx.NodeProto] = []
-        self.constants: list[onnx.TensorProto] = []
-        self._names: dict[str, int] = {}
-
-    def append(self, node: onnx.NodeProto) -> None:
-        """Take over a node as it is."""
-        self.nodes.append(node)
-
-    def add(self, op_type: str, inputs: Sequence[str], output: str) -> onnx.NodeProto:
-        """Emit a node with a given output name."""
-        node = helper.make_node(op_type, list(inputs), [output], self._fresh(op_type))
-        self.nodes.append(node)
-        return node
-
-    def output(self, op_type: str, inputs: Sequence[str]) -> str:
-        """Emit a node without attributes; return its fresh output's name."""
-        name = self._fresh(f"{op_type}_out")
-        self.add(op_type, inputs, name)
-        return name
-
-    def constant(self, stem: str, value: npt.NDArray[np.generic]) -> str:
-        """Add an initialiser; return its name."""
-        name = self._fresh(stem)
-        self.constants.append(numpy_helper.from_array(value, name))
-        return name
-
-    def slice(self, x: str, start: int, stop: int, axis: int) -> str:
-        """x[start:stop] along one axis."""
-        bounds = [
-            self.constant(stem, np.array([value], np.int64))
-            for stem, value in (("start", start), ("stop", stop), ("axis", axis))
-        ]
-        return self.output("Slice", [x, *bounds])
-
-    def concat(self, tensors: Sequence[str], axis: int) -> str:
-        """Concatenate along one axis."""
-        y = self.output("Concat", tensors)
-        self.nodes[-1].attribute.append(helper.make_attribute("axis", axis))
-        return y
-
-    def reduce_sum(self, x: str, axis: int) -> str:
-        """Sum over one axis, which stays with size 1."""
-        y = self.output("ReduceSum", [x, self.constant("axes", np.array([axis], np.int64))])
-        self.nodes[-1].attribute.append(helper.make_attribute("keepdims", 1))
-        return y
-
-    def spatial_shape(self, x: str) -> str:
-        """The sizes of x behind its batch and channels, as a tensor."""
-        y = self.output("Shape", [x])
-        self.nodes[-1].attribute.append(helper.make_attribute("start", 2))
-        return y
-
-    def reshape(self, x: str, leading: Sequence[int], trailing: str) -> str:
-        """Reshape to the sizes `leading` (0 keeps the size) followed by those in `trailing`."""
-        shape = self.constant("leading", np.array(leading, np.int64))
-        return self.output("Reshape", [x, self.concat([shape, trailing], 0)])
-
-    def _fresh(self, stem: str) -> str:
-        name = f"{self.prefix}/{stem}"
-        count = self._names.get(name, 0)
-        self._names[name] = count + 1
-        return f"{name}_{count}" if count else name
+    def keywords(self, kernel: Sequence[int]) -> dict[str, Any]:
+        """The attributes of a Conv node with this kernel, by name."""
+        return {
+            "kernel_shape": list(kernel),
+            "pads": self.onnx_pads,
+            "strides": list(self.strides),
+            "dilations": list(self.dilations),
+            "group": self.group,
+        }

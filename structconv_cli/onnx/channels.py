@@ -1,0 +1,110 @@
+"""Which channels of a dense tensor a tensor of the lowered graph carries.
+
+A lowered graph need not hold the tensors of the dense graph: it may hold them in parts (halves), or
+hold differences and sums of their channels only. `Channels` says, for one tensor of the lowered
+graph, what its channels are in terms of the dense tensor's; `Carried` says it for all parts.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+Ranges = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Combinations of a dense tensor's channels: x[plus] - x[minus], then the sum of x[total].
+
+    Attributes:
+        plus: channels, as ranges (start, stop), in order.
+        minus: what each of them is lessened by; none, or as many as in `plus`.
+        total: channels whose sum is one more channel, behind the others; none if empty.
+    """
+
+    plus: Ranges
+    minus: Ranges = ()
+    total: Ranges = ()
+
+    @classmethod
+    def all(cls, count: int) -> "Channels":
+        """The dense tensor as it is."""
+        return cls(((0, count),))
+
+    @classmethod
+    def of(cls, indices: Iterable[int], minus: Iterable[int] = ()) -> "Channels":
+        """These channels, less those."""
+        return cls(_ranges(indices), _ranges(minus))
+
+    @cached_property
+    def indices(self) -> tuple[int, ...]:
+        """The channels of `plus`, one by one."""
+        return _expand(self.plus)
+
+    @cached_property
+    def subtracted(self) -> tuple[int, ...]:
+        """The channels of `minus`, one by one."""
+        return _expand(self.minus)
+
+    @property
+    def size(self) -> int:
+        """Number of channels of the lowered tensor."""
+        return len(self.indices) + bool(self.total)
+
+    @property
+    def is_selection(self) -> bool:
+        """Whether each channel is one of the dense tensor's."""
+        return not self.minus and not self.total
+
+    def matrix(self, count: int) -> npt.NDArray[np.float64]:
+        """The (size, count) matrix of 0, 1 and -1 that makes these of the dense tensor's."""
+        matrix = np.zeros((self.size, count))
+        rows = np.arange(len(self.indices))
+        matrix[rows, list(self.indices)] = 1
+        if self.minus:
+            matrix[rows, list(self.subtracted)] -= 1
+        if self.total:
+            matrix[-1, list(_expand(self.total))] = 1
+        return matrix
+
+    def apply(self, array: npt.NDArray[np.generic], axis: int = 0) -> npt.NDArray[np.float64]:
+        """These combinations of an array's entries along one axis; exact for a selection."""
+        values = np.moveaxis(np.asarray(array, np.float64), axis, 0)
+        taken = values[list(self.indices)]
+        if self.minus:
+            taken = taken - values[list(self.subtracted)]
+        if self.total:
+            last = values[list(_expand(self.total))].sum(0, keepdims=True)
+            taken = np.concatenate([taken, last])
+        return np.moveaxis(taken, 0, axis)
+
+
+Carried = tuple[tuple[str, Channels], ...]
+"""The lowered graph's tensors that stand for one dense tensor, each with what it holds."""
+
+
+def carried_matrix(carried: Carried, count: int) -> npt.NDArray[np.float64]:
+    """The matrix of all parts together, one above the other."""
+    return np.concatenate([channels.matrix(count) for _, channels in carried])
+
+
+def concatenated(parts: Sequence[Channels]) -> Channels:
+    """The selection that parts which are selections make together."""
+    return Channels.of(index for part in parts for index in part.indices)
+
+
+def _ranges(indices: Iterable[int]) -> Ranges:
+    ranges: list[tuple[int, int]] = []
+    for index in indices:
+        if ranges and ranges[-1][1] == index:
+            ranges[-1] = (ranges[-1][0], index + 1)
+        else:
+            ranges.append((index, index + 1))
+    return tuple(ranges)
+
+
+def _expand(ranges: Ranges) -> tuple[int, ...]:
+    return tuple(index for start, stop in ranges for index in range(start, stop))
