@@ -46,6 +46,7 @@ class Recipe:
         spatial: Whether kernels go to n = 2.
         least_channels: Fewest input channels that are halved; 0 halves none.
         pointwise_only: Whether only 1x1 layers are halved.
+        linear: Whether linear layers are halved too.
     """
 
     title: str
@@ -54,6 +55,7 @@ class Recipe:
     spatial: bool = True
     least_channels: int = 32
     pointwise_only: bool = False
+    linear: bool = False
 
 
 RECIPES = {
@@ -67,6 +69,7 @@ RECIPES = {
     "hrnet_w18_small": Recipe("HRNet-W18-small", "timm", "hrnet_w18_small"),
     "regnet_y_1_6gf": Recipe("RegNetY-1.6GF", "torchvision", "regnet_y_1_6gf"),
     "vgg16": Recipe("VGG-16", "torchvision", "vgg16"),
+    "vgg16-linear": Recipe("VGG-16, linear layers too", "torchvision", "vgg16", linear=True),
 }
 """The models of the table, by the names of their files."""
 
@@ -153,12 +156,11 @@ def _build(recipe: Recipe, *, balanced: bool) -> tuple[onnx.ModelProto, Macs]:
 def _structures(
     model: nn.Module, images: torch.Tensor, recipe: Recipe, *, balanced: bool
 ) -> dict[str, LayerStructure]:
-    convolutions = [
-        layer for layer in take_inventory(model, images).layers if layer.spec.kind == "conv2d"
-    ]
+    kinds = ("conv2d", "linear") if recipe.linear else ("conv2d",)
+    layers = [layer for layer in take_inventory(model, images).layers if layer.spec.kind in kinds]
     structures = {
         layer.spec.name: LayerStructure(layer.spec.axes, _reduced(layer, recipe), balanced)
-        for layer in convolutions[1:]
+        for layer in layers[1:]
     }
     return {name: found for name, found in structures.items() if found.reduced != found.dense}
 
@@ -167,7 +169,8 @@ def _reduced(layer: TracedLayer, recipe: Recipe) -> tuple[int, ...]:
     spec = layer.spec
     channels, *kernel = spec.axes
     # One output pixel: squeeze-and-excite, too cheap to be worth a sum-pool.
-    if spec.is_depthwise or prod(layer.output_size) == 1:
+    single = spec.kind == "conv2d" and prod(layer.output_size) == 1
+    if spec.is_depthwise or single:
         return spec.axes
     halve = (
         spec.groups == 1

@@ -5,46 +5,39 @@ its channels; `carried` says which tensors stand for which. The lowering is righ
 every dense node y = f(x) the lowered graph computes T_y f(x) from T_x x: with T = 1 at the model's
 inputs and outputs the whole follows by induction. Every node is checked by itself:
 
-- A Conv, Gemm or MatMul: the kernel M that the lowered graph applies from T_x x to T_y y is
-  measured by impulses, whatever nodes compute it, and M T_x must be T_y W.
 - A node that is there as it was, its constants the same to the bit, needs no run.
-- Any other node is run on what the dense graph computes from a real input, and its result compared.
+- A Conv, Gemm or MatMul: the kernel that the lowered graph applies is measured, and its outputs are
+  compared for random inputs (`kernel_check`).
+- Any other node is compared by its structure, and run (`operator_check`).
 
-`carried` is only a claim: a false one makes the measured kernels wrong.
+Runs are at the sizes of the inputs given and, where the graph's axes are open, at others. `carried`
+is only a claim (`claims`): a false one fails the checks of the nodes that it touches.
 """
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 import onnx
-import torch
 
+from structconv_cli.claims import Claims
 from structconv_cli.errors import OnnxError
-from structconv_cli.exactness import Check, compare
-from structconv_cli.onnx.channels import Carried, Channels, carried_matrix
-from structconv_cli.onnx.graph import Graph, captured
-from structconv_cli.onnx.nodes import layer_of
-from structconv_cli.onnx.probe import (
-    dense_kernel,
-    extract,
-    impulse_response,
-    run_exposed,
-    run_fed,
-    session,
-)
+from structconv_cli.exactness import Check
+from structconv_cli.kernel_check import KERNEL, LayerNode, check_kernel
+from structconv_cli.onnx.channels import Carried
+from structconv_cli.onnx.graph import Graph, attributes, captured
+from structconv_cli.onnx.nodes import ConvAttributes, layer_of
+from structconv_cli.onnx.probe import part_session, run_fed
+from structconv_cli.operator_check import OPERATOR, check_operator
 from structconv_cli.progress import SILENT, Observer
+from structconv_cli.samples import Values, samples
 from structconv_cli.structure import Structure
-from structconv_cli.tolerance import SAFETY, kernel_bound, unit_roundoff
 
 KEPT_ONNX = "kept ONNX nodes"
-KERNEL = "ONNX kernel"
-OPERATOR = "ONNX operator"
 
 Array = npt.NDArray[np.generic]
-_U = unit_roundoff(torch.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,49 +62,53 @@ def check_graph(
 ) -> list[Check]:
     """Check every node of the dense graph.
 
+    A damaged lowered graph or a claim that cannot be true is a failed check, never an exception.
+
     Args:
         pair: the two graphs.
-        feeds: an input of the real shapes, for the nodes that are run.
+        feeds: an input of the real shapes, for the nodes that are run. Open axes are given another
+            size besides.
         observer: is told of the nodes done.
     """
-    return _GraphCheck(pair, feeds).run(observer)
+    return list(GraphCheck(pair, feeds).run(observer))
 
 
-class _GraphCheck:
+class GraphCheck:
+    """The checks of one pair of graphs, made one by one.
+
+    Attributes:
+        pair: the two graphs.
+        feeds: an input of the real shapes.
+    """
+
     def __init__(self, pair: LoweredGraph, feeds: Mapping[str, Array]) -> None:
         self.pair, self.feeds = pair, feeds
         self.dense, self.lowered = Graph(pair.dense), Graph(pair.lowered)
+        self.claims = Claims(self.dense, self.lowered, pair.carried)
+        self.kept = [self._is_there(node) for node in self.dense.nodes]
 
-    def run(self, observer: Observer) -> list[Check]:
-        checks: list[Check] = []
-        others: list[onnx.NodeProto] = []
-        kept = 0
-        total = len(self.dense.nodes)
-        for done, node in enumerate(self.dense.nodes):
-            layer = layer_of(node)
-            if self._is_there(node):
-                kept += 1
-                changed = self._changed_constant(node)
-                detail = f"{changed} is not the same in both graphs" if changed else ""
-                error = None if changed else 0.0
-                if changed or layer in self.pair.structures:
-                    what = KERNEL if layer in self.pair.structures else KEPT_ONNX
-                    subject = layer or node.output[0]
-                    checks.append(Check(subject, what, error, 0.0, not changed, detail))
-            elif layer is not None and self._is_layer(node):
-                checks.append(self._kernel(layer, node))
-            else:
-                others.append(node)
-            observer.steps(done + 1, total)
-        found = {check.subject for check in checks}
+    def run(self, observer: Observer = SILENT) -> Iterator[Check]:
+        """The graph as a whole and the claims first, then node by node."""
+        problem = _frame_problem(self.dense, self.lowered)
+        error = None if problem else 0.0
+        yield Check("the model", "inputs and outputs", error, 0.0, not problem, problem)
+        for name in self.pair.carried:
+            yield from self._claim(name)
+        layers = {layer_of(node) for node in self.dense.nodes}
         for name in self.pair.structures:
-            if name not in found:
+            if name not in layers:
                 detail = f"the dense graph has no node with the weight {name}.weight"
-                checks.append(Check(name, KERNEL, None, 0.0, False, detail))
-        checks += self._operators(others)
-        checks += self._joined()
-        checks += self._outputs()
-        return [*checks, Check(f"{kept} nodes", KEPT_ONNX, 0.0, 0.0, True)]
+                yield _failed(name, KERNEL, detail)
+        total = len(self.dense.nodes)
+        for done, (node, kept) in enumerate(zip(self.dense.nodes, self.kept, strict=True)):
+            yield from self._kept(node) if kept else [self.changed(node)]
+            observer.steps(done + 1, total)
+        yield Check(f"{sum(self.kept)} nodes", KEPT_ONNX, 0.0, 0.0, True)
+
+    @cached_property
+    def samples(self) -> list[Values]:
+        """What the dense graph makes of the inputs at one or two sizes; none if it cannot run."""
+        return samples(self.pair.dense, self.feeds, self._wanted())
 
     def _is_there(self, node: onnx.NodeProto) -> bool:
         """Whether the lowered graph has this very node."""
@@ -119,6 +116,21 @@ class _GraphCheck:
         if same is None or any(name in self.pair.carried for name in node.output):
             return False
         return _content(node) == _content(same)
+
+    def _wanted(self) -> list[str]:
+        """The inner tensors whose values the checks need: what the changed nodes read."""
+        changed = [n for n, kept in zip(self.dense.nodes, self.kept, strict=True) if not kept]
+        names = {name for node in changed for name in (*node.input, *captured(node))}
+        names |= {name for name in self.pair.carried if name in self.lowered.producers}
+        return sorted(names & self.dense.producers.keys())
+
+    def _kept(self, node: onnx.NodeProto) -> list[Check]:
+        layer, changed = layer_of(node), self._changed_constant(node)
+        what = KERNEL if layer in self.pair.structures else KEPT_ONNX
+        subject = layer or node.output[0]
+        if changed:
+            return [_failed(subject, what, f"{changed} is not the same in both graphs")]
+        return [Check(subject, what, 0.0, 0.0, True)] if what == KERNEL else []
 
     def _changed_constant(self, node: onnx.NodeProto) -> str:
         """A constant of a node that is not the same in both graphs, to the bit; empty if none."""
@@ -132,188 +144,118 @@ class _GraphCheck:
                 return str(name)
         return ""
 
+    def changed(self, node: onnx.NodeProto) -> Check:
+        """Check a node of the dense graph that the lowered graph does not have as it is.
+
+        The outcome depends on nothing but the node, the samples of its inputs, the part of the
+        lowered graph between what stands for its inputs and for its outputs, and those claims.
+        """
+        layer = layer_of(node)
+        what = KERNEL if layer is not None and self._is_layer(node) else OPERATOR
+        try:
+            if layer is None or what == OPERATOR:
+                return check_operator(self.claims, node, self.samples)
+            structure = self.pair.structures.get(layer)
+            read = LayerNode.of(self.claims, node, layer, structure)
+            shapes = [sample[node.input[0]].shape for sample in self.samples]
+            return check_kernel(self.claims, read, shapes or [self._assumed_shape(read)])
+        except OnnxError as error:
+            return _failed(layer or node.output[0], what, str(error))
+
     def _is_layer(self, node: onnx.NodeProto) -> bool:
+        """Whether a Conv, Gemm or MatMul node's kernel can be measured."""
         weight = self.dense.constant(node.input[1])
-        bias = node.input[2] if len(node.input) > 2 else ""
-        constant = not bias or self.dense.is_constant(bias)
+        bias = self.dense.constant(node.input[2]) if len(node.input) > 2 else None
+        unknown = len(node.input) > 2 and node.input[2] and bias is None
+        if weight is None or weight.dtype != np.float32 or unknown:
+            return False
+        if node.op_type == "Conv":
+            return True
+        values = attributes(node)
+        plain = (
+            not values.get("transA") and values.get("alpha", 1.0) == values.get("beta", 1.0) == 1
+        )
+        carried = any(name in self.pair.carried for name in (node.input[0], node.output[0]))
         rank = len(self.dense.shape(node.input[0]) or ())
-        plain = node.op_type == "Conv" or rank == 2
-        return weight is not None and weight.dtype == np.float32 and constant and plain
+        row = bias is None or bias.ndim == 1
+        return weight.ndim == 2 and plain and row and (rank == 2 or (rank > 2 and not carried))
 
-    def _sources(self, name: str) -> Carried:
-        count = self.dense.channels(name) or 0
-        return self.pair.carried.get(name) or ((name, Channels.all(count)),)
+    def _assumed_shape(self, layer: LayerNode) -> tuple[int, ...]:
+        """Of a layer's input where the dense graph cannot be run: open axes are short."""
+        node, sizes = layer.node, layer.weight.shape[2:]
+        least = [1] * len(sizes)
+        if node.op_type == "Conv":
+            conv = ConvAttributes.of(node, sizes)
+            axes = zip(sizes, conv.dilations, conv.strides, strict=True)
+            least = [dilation * (size - 1) + 1 + 3 * stride for size, dilation, stride in axes]
+        known = self.dense.shape(node.input[0]) or (None,) * layer.weight.ndim
+        channels = layer.weight.shape[1] * layer.groups
+        assumed = [2, channels, *least] if node.op_type == "Conv" else [2] * (len(known) - 1)
+        assumed = assumed if node.op_type == "Conv" else [*assumed, channels]
+        return tuple(size or other for size, other in zip(known, assumed, strict=True))
 
-    def _kernel(self, layer: str, node: onnx.NodeProto) -> Check:
-        weight, bias = dense_kernel(self.pair.dense, node)
-        sources = self._sources(node.input[0])
-        targets = self.pair.carried.get(node.output[0]) or (
-            (node.output[0], Channels.all(len(weight))),
-        )
-        grouped = node.op_type == "Conv" and self.dense.channels(node.input[0]) != weight.shape[1]
+    def _claim(self, name: str) -> list[Check]:
+        """A claim that cannot be true fails; a tensor also there whole must be its parts."""
         try:
-            response, offset = impulse_response(
-                self.pair.lowered, node, weight.shape, sources, targets
-            )
+            self.claims.sources(name)
+            whole = name in self.lowered.producers
+            return [self._joined(name, values) for values in self._noise(name)] if whole else []
         except OnnxError as error:
-            return Check(layer, KERNEL, None, 0.0, False, str(error))
-        structure = self.pair.structures.get(layer)
-        bound = (
-            kernel_bound(torch.from_numpy(weight.copy()), structure).numpy() if structure else None
-        )
-        rows = carried_matrix(targets, len(weight))
-        if not grouped:
-            columns = carried_matrix(sources, weight.shape[1])
-            measured = np.moveaxis(np.moveaxis(response.astype(np.float64), 1, -1) @ columns, -1, 1)
-        elif _whole_groups(sources, weight.shape[1]) and _selects(targets):
-            columns, measured = np.eye(weight.shape[1]), response.astype(np.float64)
-        else:
-            return Check(layer, KERNEL, None, 0.0, False, "its groups of channels are torn apart")
-        expected = _combine(rows, weight)
-        allowed = np.zeros_like(expected)
-        magnitude = _combine(np.abs(rows), np.abs(weight))
-        if bound is not None:
-            allowed += _combine(np.abs(rows), bound)
-        if not (_selects(sources) and _selects(targets)):
-            read = np.abs(np.moveaxis(response, 1, -1)) @ np.abs(columns)
-            allowed += 4 * _U * (np.moveaxis(read, -1, 1) + magnitude)
-        if bias.any():
-            # Each weight was read off an output that had the bias added to it.
-            added = (np.abs(rows) @ np.abs(bias)).reshape(-1, *[1] * (weight.ndim - 1))
-            allowed += 4 * _U * (magnitude + added)
-        check = compare(layer, KERNEL, _tensor(measured - expected), _tensor(allowed), "the kernel")
-        slack = 0.0 if _selects(targets) else 2 * _U
-        off = np.abs(offset - rows @ bias)
-        if check.passed and not np.all(off <= slack * (np.abs(rows) @ np.abs(bias))):
-            return replace(check, passed=False, detail="the bias differs")
-        return check
+            return [_failed(name, OPERATOR, str(error))]
 
-    def _operators(self, nodes: Sequence[onnx.NodeProto]) -> list[Check]:
-        """Run what is neither a layer nor kept, on what the dense graph makes of a real input."""
-        wanted = sorted({name for node in nodes for name in self._tensors(node)} - set(self.feeds))
-        if not nodes:
-            return []
-        try:
-            values = {**self.feeds, **run_exposed(self.pair.dense, self.feeds, wanted)}
-        except OnnxError:
-            return [self._operator(node, self._noise(node)) for node in nodes]
-        return [self._operator(node, values) for node in nodes]
-
-    def _tensors(self, node: onnx.NodeProto) -> list[str]:
-        """What a node reads and makes, constants left out."""
-        names = [*node.input, *captured(node), *node.output]
-        return [name for name in names if name and not self.dense.is_constant(name)]
-
-    def _noise(self, node: onnx.NodeProto) -> dict[str, Array]:
-        """A node's inputs as noise, and what it makes of them: where the whole cannot be run."""
+    def _noise(self, name: str) -> list[Values]:
+        """Random integers at the shapes of a tensor."""
+        shapes = [sample[name].shape for sample in self.samples]
+        declared = self.dense.shape(name) or ()
+        assumed = tuple(size or (5 if axis else 2) for axis, size in enumerate(declared))
         rng = np.random.default_rng(0)
-        feeds: dict[str, Array] = {}
-        for name in self._tensors(node):
-            if name not in node.output:
-                sizes = [size or 2 for size in self.dense.shape(name) or ()]
-                feeds[name] = rng.standard_normal(sizes).astype(np.float32)
-        part = session(extract(self.pair.dense, list(feeds), [node.output[0]]))
-        return {**feeds, node.output[0]: run_fed(part, feeds)[0]}
+        return [
+            {name: rng.integers(-1000, 1000, size=shape).astype(np.float32)}
+            for shape in shapes or [assumed]
+        ]
 
-    def _operator(self, node: onnx.NodeProto, values: Mapping[str, Array]) -> Check:
-        subject = layer_of(node) or node.output[0]
-        feeds: dict[str, Array] = {}
+    def _joined(self, name: str, values: Values) -> Check:
+        """Whether a tensor that is there both in parts and whole is its parts."""
+        feeds = self.claims.stand_ins(values)
+        (whole,) = run_fed(part_session(self.pair.lowered, feeds, [name]), feeds)
+        same = np.array_equal(whole, values[name])
+        detail = "" if same else "the whole tensor is not its parts"
+        return Check(name, OPERATOR, 0.0 if same else None, 0.0, same, detail)
+
+
+def _frame_problem(dense: Graph, lowered: Graph) -> str:
+    """What is wrong with a lowered graph as a whole; empty if nothing."""
+    one, other = dense.model.graph, lowered.model.graph
+    if list(one.input) != list(other.input) or _signature(one) != _signature(other):
+        return "the model's inputs or outputs differ"
+    if _language(dense.model) != _language(lowered.model):
+        return "the operator sets or functions differ"
+    known = {value.name for value in other.input} | {tensor.name for tensor in other.initializer}
+    for node in lowered.nodes:
         for name in (*node.input, *captured(node)):
-            if name in values:
-                feeds |= self._carry(name, values[name])
-        output = next(name for name in node.output if name in values)
-        return self._compare(subject, feeds, output, values[output], self._terms(node))
+            if name and name not in known:
+                return f"{node.op_type} {node.output[0]} reads {name}, which is not there by then"
+        made = {name for name in node.output if name}
+        if made & known:
+            return f"tensor {min(made & known)} is made twice"
+        known |= made
+    missing = [name for name in lowered.outputs if name not in known]
+    return f"nothing makes the output {missing[0]}" if missing else ""
 
-    def _terms(self, node: onnx.NodeProto) -> int:
-        """How many summands an output of a pool, a reduction or a product has, at most."""
-        sizes = self.dense.shape(node.input[0]) or ()
-        terms = math.prod(size or 1 for size in sizes[2:])
-        weight = self.dense.constant(node.input[1]) if len(node.input) > 1 else None
-        return max(terms, 0 if weight is None else weight.size, 1)
 
-    def _carry(self, name: str, value: Array) -> dict[str, Array]:
-        return {
-            tensor: channels.apply(value, 1).astype(value.dtype)
-            if name in self.pair.carried
-            else value
-            for tensor, channels in self._sources(name)
-        }
+def _signature(graph: onnx.GraphProto) -> list[tuple[str, int]]:
+    return [(value.name, value.type.tensor_type.elem_type) for value in graph.output]
 
-    def _compare(
-        self, subject: str, feeds: Mapping[str, Array], output: str, expected: Array, terms: int
-    ) -> Check:
-        targets = self.pair.carried.get(output)
-        names = [tensor for tensor, _ in targets] if targets else [output]
-        try:
-            found = run_fed(session(extract(self.pair.lowered, list(feeds), names)), feeds)
-        except OnnxError as error:
-            return Check(subject, OPERATOR, None, 0.0, False, str(error))
-        carried = self._carry(output, expected)
-        if [part.shape for part in found] != [part.shape for part in carried.values()]:
-            return Check(subject, OPERATOR, None, 0.0, False, f"the shape of {output} differs")
-        flat = np.concatenate([part.astype(np.float64).ravel() for part in found])
-        right = np.concatenate([part.astype(np.float64).ravel() for part in carried.values()])
-        largest = max([float(np.abs(x).max(initial=0.0)) for x in (*feeds.values(), expected)])
-        allowed = SAFETY * (4 + math.sqrt(terms)) * _U * largest
-        bounds = torch.full((len(right),), allowed, dtype=torch.float64)
-        return compare(subject, OPERATOR, _tensor(flat - right), bounds, f"tensor {output}")
 
-    def _joined(self) -> list[Check]:
-        """Tensors that are there both in parts and whole: the whole must be the parts."""
-        names = [name for name in self.pair.carried if name in self.lowered.producers]
-        checks = []
-        for name in names:
-            parts = self.pair.carried[name]
-            count = self.dense.channels(name) or 0
-            rng = np.random.default_rng(0)
-            rank = len(self.dense.shape(name) or (0, 0))
-            value = rng.standard_normal((2, count, *[3] * (rank - 2))).astype(np.float32)
-            feeds = {
-                tensor: channels.apply(value, 1).astype(np.float32) for tensor, channels in parts
-            }
-            try:
-                part = session(extract(self.pair.lowered, list(feeds), [name]))
-                same = np.array_equal(run_fed(part, feeds)[0], value)
-            except OnnxError as error:
-                checks.append(Check(name, OPERATOR, None, 0.0, False, str(error)))
-                continue
-            detail = "" if same else "the whole tensor is not its parts"
-            checks.append(Check(name, OPERATOR, 0.0 if same else None, 0.0, same, detail))
-        return checks
+def _language(model: onnx.ModelProto) -> tuple[dict[str, int], list[bytes]]:
+    versions = {entry.domain or "ai.onnx": entry.version for entry in model.opset_import}
+    return versions, [f.SerializeToString(deterministic=True) for f in model.functions]
 
-    def _outputs(self) -> list[Check]:
-        same = (
-            self.dense.outputs == self.lowered.outputs and self.dense.inputs == self.lowered.inputs
-        )
-        detail = "" if same else "the model's inputs or outputs differ"
-        return [Check("the model", "inputs and outputs", 0.0 if same else None, 0.0, same, detail)]
+
+def _failed(subject: str, what: str, detail: str) -> Check:
+    return Check(subject, what, None, 0.0, False, detail)
 
 
 def _content(node: onnx.NodeProto) -> tuple[object, ...]:
-    attributes = sorted(a.SerializeToString(deterministic=True) for a in node.attribute)
-    return node.op_type, node.domain, tuple(node.input), tuple(node.output), tuple(attributes)
-
-
-def _selects(carried: Carried) -> bool:
-    return all(channels.is_selection for _, channels in carried)
-
-
-def _whole_groups(carried: Carried, width: int) -> bool:
-    """Whether tensors carry whole groups of `width` channels, each in its order."""
-    for _, channels in carried:
-        indices = np.array(channels.indices)
-        if not channels.is_selection or len(indices) % width:
-            return False
-        groups = indices.reshape(-1, width)
-        if (groups[:, :1] % width).any() or (np.diff(groups, axis=1) != 1).any():
-            return False
-    return True
-
-
-def _combine(rows: npt.NDArray[np.float64], weight: Array) -> npt.NDArray[np.float64]:
-    flat = rows @ weight.reshape(len(weight), -1).astype(np.float64)
-    return flat.reshape(len(rows), *weight.shape[1:])
-
-
-def _tensor(array: Array) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array))
+    settings = sorted(a.SerializeToString(deterministic=True) for a in node.attribute)
+    return node.op_type, node.domain, tuple(node.input), tuple(node.output), tuple(settings)

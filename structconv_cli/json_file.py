@@ -1,5 +1,6 @@
 """Dataclasses as JSON files: written beside and renamed, validated when read."""
 
+import os
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,7 +18,8 @@ def to_json(value: object) -> bytes:
 
 def write_json(value: object, path: Path) -> None:
     """Write a dataclass as JSON; the file appears whole or not at all."""
-    beside = path.with_name(path.name + ".part")
+    # A name of its own: another process may be writing the same file.
+    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         beside.write_bytes(to_json(value))
         beside.replace(path)

@@ -5,6 +5,7 @@ subspace by least squares over an explicitly enumerated basis, so nothing of the
 is used on the reference side. Whole graphs are in `test_onnx_split`.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -414,7 +415,6 @@ def test_every_form_is_exact(channels: str, space: str, front: str) -> None:
 @pytest.mark.parametrize("front", ["split", "folded"])
 @pytest.mark.parametrize("balanced", [False, True])
 @pytest.mark.parametrize("channels", [2, 5, 8, 9])
-@pytest.mark.xfail(reason="issue 3: which parts small balanced layers ask for is not settled")
 def test_every_number_of_channels_is_exact_in_parts(
     channels: int, balanced: bool, front: str
 ) -> None:
@@ -425,7 +425,11 @@ def test_every_number_of_channels_is_exact_in_parts(
         _, lowering = assert_exact(conv, DEFAULT_FORM, front, batches=(3,))
         kept, window = reduced - 1, channels - reduced + 1
         sizes = {name: [c.size for _, c in parts] for name, parts in lowering.carried.items()}
-        if front == "folded":
+        if balanced and kept == 1 and channels > 2:
+            # Only the first and the last channel have weights: the others are gone, and with two
+            # channels left there is nothing to split.
+            assert sizes == {key: [2] for key in ("copy", "x")}
+        elif front == "folded":
             # Nothing but the differences, and the sum of a general layer, is ever made.
             assert sizes == {key: [kept + (not balanced)] for key in ("copy", "x")}
             assert form_of(lowering) == "folded difference + AveragePool + Conv"
@@ -441,7 +445,6 @@ def test_every_number_of_channels_is_exact_in_parts(
             assert f"more than two parts: a reader keeps {kept} differences" in layer.note
 
 
-@pytest.mark.xfail(reason="issue 3: the table is not complete yet")
 def test_table_covers_what_it_claims() -> None:
     windows = {(c.reduced[0] - 1, c.structure.windows[0]) for c in VARIED if c.dense[0] > 1}
     reduced = {(kept, window) for kept, window in windows if window > 1}
@@ -452,7 +455,7 @@ def test_table_covers_what_it_claims() -> None:
     forms = {
         form_of(lower(conv_graph(conv, front), {LAYER: conv.structure}, form)[1])
         for position, conv in enumerate(VARIED[:330])
-        if position % 3 == 0 or position < 60
+        if position % 5 == 0 or position < 60
         for form, front in sampled_forms(position, conv)
     }
     for words in ("difference", "folded difference", "sliced difference", "banded 1x1"):
@@ -463,7 +466,6 @@ def test_table_covers_what_it_claims() -> None:
     assert {c.balanced for c in VARIED} == {True, False}
 
 
-@pytest.mark.xfail(reason="issue 3: the names of rewritten weights are not settled")
 def test_usual_layer_becomes_an_average_pool_with_its_area_in_the_weight() -> None:
     lowered, lowering = lower(conv_graph(USUAL), {LAYER: USUAL.structure})
     assert form_of(lowering) == "AveragePool + Conv"
@@ -481,7 +483,7 @@ def test_usual_layer_becomes_an_average_pool_with_its_area_in_the_weight() -> No
     weight = structured_weight(USUAL.dense, USUAL.reduced, USUAL.outputs).double().flatten(1)
     coefficients = torch.linalg.lstsq(basis, weight.T).solution.T.reshape(4, 8, 2, 2)
     torch.testing.assert_close(
-        weight_of(lowered, f"{LAYER}/weight").double(), 4 * coefficients, rtol=1e-5, atol=1e-5
+        weight_of(lowered, f"{LAYER}.weight").double(), 4 * coefficients, rtol=1e-5, atol=1e-5
     )
 
 
@@ -493,7 +495,6 @@ def test_stride_moves_into_the_pool_where_one_pixel_is_left() -> None:
     assert helper.get_node_attr_value(last, "strides") == [1, 1]
 
 
-@pytest.mark.xfail(reason="issue 3: the names of rewritten weights are not settled")
 def test_a_split_layer_reads_one_pass_over_two_halves() -> None:
     conv = replace(BOTH, reduced=(5, 3, 3), balanced=True)
     lowered, lowering = lower(conv_graph(conv, "split"), {LAYER: conv.structure})
@@ -501,7 +502,7 @@ def test_a_split_layer_reads_one_pass_over_two_halves() -> None:
     assert kinds == ["Conv", "Conv", "LeakyRelu", "LeakyRelu", "Conv", "Add", "Conv"]
     minus = weight_of(lowered, lowered.graph.node[4].input[1])
     assert torch.equal(minus, -torch.ones(4, 1, 1, 1))
-    assert tuple(weight_of(lowered, f"{LAYER}/weight").shape) == (4, 4, 3, 3)
+    assert tuple(weight_of(lowered, f"{LAYER}.weight").shape) == (4, 4, 3, 3)
     assert lowering.carried["x"][0][1].plus == ((0, 4),)
     assert lowering.carried["x"][1][1].plus == ((4, 8),)
 
@@ -551,7 +552,6 @@ def test_names_that_are_taken_are_not_given_again() -> None:
     assert torch.equal(run(lowered, x), run(added, x))
 
 
-@pytest.mark.xfail(reason="issue 3: the names of rewritten weights are not settled")
 def test_only_the_named_layers_are_lowered() -> None:
     square = replace(USUAL, outputs=8)
     weights = {**conv_weights(square, "a"), **conv_weights(square, "a.b")}
@@ -561,7 +561,7 @@ def test_only_the_named_layers_are_lowered() -> None:
     assert [entry.name for entry in lowering.layers] == ["a.b"]
     assert lowered.graph.node[0] == nodes[0]
     assert torch.equal(weight_of(lowered, "a.weight"), weights["a.weight"])
-    assert "a.b.weight" not in {t.name for t in lowered.graph.initializer}
+    assert weight_of(lowered, "a.b.weight").shape == (8, *square.reduced)
 
 
 @pytest.mark.parametrize("conv", [USUAL, BOTH, replace(BOTH, reduced=(1, 3, 3))], ids=str)
@@ -757,7 +757,10 @@ def test_a_weight_slightly_outside_the_subspace_or_not_finite_is_refused(factor:
     lowered, lowering = lower(changed_weight(factor))
     assert lowered == changed_weight(factor) or factor != factor
     assert lowering.layers == ()
-    assert [(e.name, e.reason) for e in lowering.dense] == [(LAYER, "its weight is not structured")]
+    (entry,) = lowering.dense
+    expected = "not structured" if math.isfinite(factor) else "not finite"
+    assert entry.name == LAYER
+    assert expected in entry.reason
 
 
 def test_a_layer_that_the_graph_lacks_is_refused() -> None:

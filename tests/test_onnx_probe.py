@@ -24,10 +24,10 @@ from test_onnx_lower import (
 )
 
 from structconv_cli.errors import OnnxError
+from structconv_cli.onnx.impulse import impulse_response
 from structconv_cli.onnx.lower import lower
 from structconv_cli.onnx.probe import (
     dense_kernel,
-    impulse_response,
     layer_nodes,
     run_exposed,
     session,

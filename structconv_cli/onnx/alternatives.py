@@ -44,7 +44,9 @@ class Unit:
     def is_free(self) -> bool:
         """Whether carrying it in parts takes no operation: nothing to weigh."""
         return all(
-            c.kind == "basis" and len(p) == 1 for c in self.carriages for p in c.parts.values()
+            c.kind == "basis" and len(p) == 1 and not p[0].is_selection
+            for c in self.carriages
+            for p in c.parts.values()
         )
 
 
@@ -61,7 +63,7 @@ class Alternatives:
 
     @cached_property
     def _carriages(self) -> Mapping[str, Carriage | str]:
-        needs = {o: e.need for o, e in self.layers.items() if e.need and e.groups == 1}
+        needs = {o: e.need for o, e in self.layers.items() if e.need and self._mixes(e)}
         return {space.name: carriage(self.spaces, space, needs) for space in self.spaces}
 
     @property
@@ -96,7 +98,9 @@ class Alternatives:
             return "its channel structure lies inside groups"
         space = self.input_space(layer)
         if space is None:
-            return "its input's channels are not on axis 1, or their number is not fixed"
+            return (
+                "its input's channels are not on axis 1, or their number or its bias is not fixed"
+            )
         found = self._carriages[space.name]
         if isinstance(found, str):
             return found
@@ -106,10 +110,18 @@ class Alternatives:
 
     def input_space(self, layer: StructuredNode) -> Space | None:
         """The space of a layer's input, where the layer reads its channels from axis 1."""
+        return self.spaces.of(layer.node.input[0]) if self._mixes(layer) else None
+
+    def _mixes(self, layer: StructuredNode) -> bool:
         role = self.spaces.role(layer.node)
-        if isinstance(role, Layer) and not role.mixes:
-            return None
-        return self.spaces.of(layer.node.input[0])
+        return isinstance(role, Layer) and role.mixes
+
+    def is_met(self, layer: StructuredNode, choice: Choice) -> bool:
+        """Whether a choice carries a layer's input in a way that its channel structure can use."""
+        space = self.input_space(layer)
+        if layer.need is None or space is None:
+            return True
+        return layer.need.is_met(choice.parts.get(space.name, ()))
 
     def choice(self, units: tuple[Unit, ...], local: Form) -> Choice:
         """Carry these units in parts; write every layer in the form its input allows.

@@ -1,13 +1,15 @@
 """What the graph under construction holds of each dense tensor, and reading channels from it."""
 
 import re
+import sys
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 
 from structconv_cli.onnx.channels import Carried, Channels
 from structconv_cli.onnx.emitter import Emitter
-from structconv_cli.onnx.graph import Graph
+from structconv_cli.onnx.graph import Graph, attributes
 from structconv_cli.onnx.spaces import Need, Parts, Spaces
 
 
@@ -24,7 +26,7 @@ class Carrier:
     def __init__(self, spaces: Spaces, parts: Parts) -> None:
         self.spaces, self.graph = spaces, spaces.graph
         self.carried: dict[str, Carried] = {}
-        self.emit = Emitter(sorted(_names(self.graph)))
+        self.emit = Emitter(sorted(_names(self.graph)), self.graph.opset)
         self._parts = parts
         self._sizes: dict[str, int] = {}
 
@@ -52,6 +54,7 @@ class Carrier:
     def whole(self, name: str) -> str:
         """Make a tensor whole under its own name, if it is not there already."""
         if not self.is_whole(name) and name not in self.emit.owners:
+            assert all(channels.is_selection for _, channels in self.carried[name])
             parts = [tensor for tensor, _ in self.carried[name]]
             self.emit.op("Concat", parts, name, axis=1)
         return name
@@ -77,6 +80,8 @@ class Carrier:
         pieces, left = [], wanted.indices
         while left:
             fitting = [(t, c) for t, c in sources if c.indices == left[: c.size]]
+            if not fitting and self.graph.is_constant(name):
+                return [self.constant(name, wanted, axis=1)]
             if not fitting:
                 whole = self.whole(name)
                 return [self.emit.slice(whole, start, stop, 1) for start, stop in wanted.plus]
@@ -116,8 +121,31 @@ class Carrier:
         """The combinations of a constant's entries along one axis, as a new constant."""
         value = self.graph.constant(name)
         assert value is not None
-        stem = re.split(r"[./]", name)[-1] or name
-        return self.emit.constant(stem, channels.apply(value, axis).astype(value.dtype))
+        return self._constant(name, channels.apply(value, axis).astype(value.dtype))
+
+    def bias(self, name: str, channels: Channels, outputs: int) -> str:
+        """The combinations of a layer's biases, of which a linear layer may have one for all."""
+        value = self.graph.constant(name)
+        assert value is not None
+        each = np.broadcast_to(value.reshape(-1), (outputs,))
+        return self._constant(name, channels.apply(each).astype(value.dtype))
+
+    def _constant(self, name: str, value: npt.NDArray[np.generic]) -> str:
+        return self.emit.constant(re.split(r"[./]", name)[-1] or name, value)
+
+    def padding(self, tensor: str, dims: int) -> tuple[int, ...]:
+        """By how much a Pad that makes a tensor pads each spatial axis with a constant, at most."""
+        node = self.emit.maker(tensor)
+        if node is None or node.op_type != "Pad":
+            return (0,) * dims
+        values = attributes(node)
+        if values.get("mode", b"constant") != b"constant":
+            return (0,) * dims
+        pads = self.graph.constant(node.input[1]) if len(node.input) > 1 else values.get("pads")
+        sides = np.abs(np.asarray(pads)).reshape(2, -1) if pads is not None else np.empty((2, 0))
+        if sides.shape[1] != dims + 2:
+            return (sys.maxsize,) * dims
+        return tuple(int(most) for most in sides.max(0)[2:])
 
     def _is_image(self, name: str) -> bool:
         shape = self.graph.shape(name)

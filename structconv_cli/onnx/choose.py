@@ -16,6 +16,7 @@ import hashlib
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +26,13 @@ import onnxruntime
 
 from structconv_cli.onnx.alternatives import Alternatives, Choice, Unit
 from structconv_cli.onnx.forms import Form
-from structconv_cli.onnx.graph import Shape
+from structconv_cli.onnx.graph import Graph, Shape
 from structconv_cli.onnx.rebuild import Rebuilt, rebuild
 from structconv_cli.onnx.timing_cache import TimingCache
 from structconv_cli.progress import SILENT, Observer
 from structconv_cli.timing.benchmark import BenchmarkSettings, benchmark
 from structconv_cli.timing.environment import describe_environment
-from structconv_cli.timing.execution_provider import PROVIDERS, require_provider
+from structconv_cli.timing.execution_provider import PROVIDERS, check_device, require_provider
 from structconv_cli.timing.node_times import NodeTime, node_times
 
 _DENSE = "dense"
@@ -55,6 +56,9 @@ class Target:
     device: str = "cpu"
     threads: int = 1
     batch_size: int = 1
+
+    def __post_init__(self) -> None:
+        check_device(self.device)
 
     @property
     def environment(self) -> str:
@@ -169,6 +173,11 @@ class _Measure:
     ) -> None:
         self.alternatives, self.target, self.feeds, self.cache = alternatives, target, feeds, cache
 
+    @cached_property
+    def _dense(self) -> Graph:
+        """The dense graph with its inputs at the real sizes."""
+        return Graph(self._fixed(self.alternatives.spaces.graph.model))
+
     def rebuild(self, choice: Choice) -> Rebuilt:
         return rebuild(
             self.alternatives.spaces, choice.parts, self.alternatives.layers, choice.forms
@@ -182,9 +191,10 @@ class _Measure:
         if any(ms is None for ms in known.values()):
             times = self._profile(rebuilt.model)
             known = {**dict.fromkeys(keys, 0.0), **_by_owner(rebuilt, times)}
-            for key, ms in _means(keys, known).items():
+            means = _means(keys, known)
+            for key, ms in means.items():
                 self.cache.put(key, ms)
-            known = {owner: self.cache.get(key) for owner, key in keys.items()}
+            known = {owner: means[key] for owner, key in keys.items()}
         return _Variant(choice, rebuilt, {owner: ms or 0.0 for owner, ms in known.items()})
 
     def whole(self, models: Mapping[str, onnx.ModelProto]) -> dict[str, float]:
@@ -231,8 +241,8 @@ class _Measure:
         return node_times(data, self.feeds, provider=provider, threads=threads, runs=runs)
 
     def _keys(self, rebuilt: Rebuilt) -> dict[str, str]:
-        """Shape and form of what was emitted for each dense node."""
-        dense = self.alternatives.spaces.graph
+        """Real shapes and form of what was emitted for each dense node."""
+        dense = self._dense
         sizes = {t.name: tuple(t.dims) for t in rebuilt.model.graph.initializer}
         emitted: dict[str, list[str]] = {}
         for node in rebuilt.model.graph.node:

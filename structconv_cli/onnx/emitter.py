@@ -9,11 +9,15 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
+_END = 2**31 - 1
+"""A bound behind the end of every axis."""
+
 
 class Emitter:
     """Nodes and constants of a graph under construction.
 
     Attributes:
+        opset: version of the standard operator set; older ones hold axes and bounds as attributes.
         nodes: the nodes so far, in an order in which they can run.
         constants: the new initialisers.
         prefix: what names of new tensors begin with.
@@ -21,18 +25,21 @@ class Emitter:
         owners: the owner of every emitted tensor.
     """
 
-    def __init__(self, taken: Sequence[str] = ()) -> None:
+    def __init__(self, taken: Sequence[str], opset: int) -> None:
+        self.opset = opset
         self.prefix = self.owner = ""
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[onnx.TensorProto] = []
         self.owners: dict[str, str] = {}
         self._taken = set(taken)
+        self._makers: dict[str, onnx.NodeProto] = {}
         self._made: dict[tuple[object, ...], str] = {}
 
     def append(self, node: onnx.NodeProto) -> None:
         """Take over a node as it is."""
         self.nodes.append(node)
         self.owners.update(dict.fromkeys(node.output, self.owner))
+        self._makers.update(dict.fromkeys(node.output, node))
 
     def op(
         self, op_type: str, inputs: Sequence[str], output: str | None = None, **attributes: Any
@@ -72,6 +79,8 @@ class Emitter:
 
     def slice(self, x: str, start: int, stop: int, axis: int) -> str:
         """x[start:stop] along one axis."""
+        if self.opset < 10:
+            return self.op("Slice", [x], starts=[start], ends=[stop], axes=[axis])
         bounds = [self.integers(start), self.integers(stop), self.integers(axis)]
         return self.op("Slice", [x, *bounds])
 
@@ -83,12 +92,25 @@ class Emitter:
 
     def reduce_sum(self, x: str, axis: int) -> str:
         """Sum over one axis, which stays with size 1."""
+        if self.opset < 13:
+            return self.op("ReduceSum", [x], axes=[axis], keepdims=1)
         return self.op("ReduceSum", [x, self.integers(axis)], keepdims=1)
+
+    def gemm(self, x: str, weight: str, width: int, output: str | None) -> str:
+        """x @ weight.T for a weight of this many rows."""
+        inputs = [x, weight]
+        if self.opset < 11:
+            inputs.append(self.constant("zeros", np.zeros(width, np.float32)))
+        return self.op("Gemm", inputs, output, transB=1)
 
     def reshape(self, x: str, leading: Sequence[int], like: str) -> str:
         """Reshape to the sizes `leading` (0 keeps the size), then the spatial sizes of `like`."""
-        spatial = self.op("Shape", [like], start=2)
+        spatial = self.slice(self.op("Shape", [like]), 2, _END, 0)
         return self.op("Reshape", [x, self.concat([self.integers(*leading), spatial], 0)])
+
+    def maker(self, tensor: str) -> onnx.NodeProto | None:
+        """The node that makes a tensor; None for inputs and constants."""
+        return self._makers.get(tensor)
 
     def fresh(self, stem: str) -> str:
         """A name that nothing has yet."""

@@ -104,8 +104,8 @@ def check_lowerable(model: ModelProto) -> tuple[str, ...]:
     if opset is None or opset < MIN_OPSET:
         found = "declares no ai.onnx opset" if opset is None else f"has ai.onnx opset {opset}"
         raise OnnxError(
-            f"the model {found}; expected at least {MIN_OPSET}, in which AveragePool got the "
-            "attribute count_include_pad that sum-pools need. Export it again, or convert it with "
+            f"the model {found}; expected at least {MIN_OPSET}, the oldest that ONNX Runtime "
+            "supports and in which sum-pools can be written. Export it again, or convert it with "
             "onnx.version_converter.convert_version."
         )
     notes = (

@@ -32,6 +32,7 @@ c-1 differences and one sum, C-1 additions per pixel; a *balanced* layer, S = 0,
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -150,6 +151,7 @@ def pool(
     structure: Structure,
     attributes: ConvAttributes,
     form: str,
+    padded: Sequence[int],
 ) -> Pooled:
     """Emit the spatial box sum of a structure; ones where AveragePool cannot be used.
 
@@ -160,6 +162,8 @@ def pool(
         structure: its spatial windows count.
         attributes: the dense convolution's.
         form: "average" or "ones".
+        padded: by how much, on each axis, a Pad right before it pads x. ONNX Runtime fuses that
+            into an AveragePool, and then refuses to pad by the window or more.
     """
     windows, kernel = structure.windows[1:], structure.reduced[1:]
     stride_moves = all(n == 1 for n in kernel)
@@ -180,7 +184,9 @@ def pool(
         attributes.group,
     )
     strides = attributes.strides if stride_moves else single
-    if dilated or not fits or form == "ones":
+    sides = zip(pads, padded, windows, strict=True)
+    crowded = any(padded) and any(max(pad) + outer >= k for pad, outer, k in sides)
+    if dilated or not fits or crowded or form == "ones":
         ones = ConvAttributes(pads, strides, attributes.dilations, channels)
         return Pooled(depthwise_ones(emit, x, windows, ones), 1.0, rest, "ones")
     averaging = ConvAttributes(pads, strides, single, 1)

@@ -63,7 +63,7 @@ def write_layer(
     if structured is None or structured.need is None or form.channels == "dense":
         pieces = _dense(carrier, node.input[0], weight, conv)
     elif form.channels == "split":
-        pieces, described = _split(carrier, node.input[0], structured, conv)
+        pieces, described = _split(carrier, node.input[0], structured, conv, weight)
     else:
         pieces, described = _local(carrier, node, structured, conv, form.channels)
     if structured is not None and structured.is_spatial and form.space != "dense":
@@ -105,11 +105,12 @@ def _make(
 ) -> None:
     """Emit one part of a layer's output: every piece's result, added up."""
     emit, whole, sums = carrier.emit, carrier.is_whole(node.output[0]), ""
+    outputs = carrier.graph.channels(node.output[0]) or 0
     for number, piece in enumerate(pieces):
         rows = piece.weight if whole or taken else channels.apply(piece.weight)
         bias = list(node.input[2:]) if not number and len(node.input) > 2 and node.input[2] else []
         if bias and not whole:
-            bias = [carrier.constant(bias[0], channels)]
+            bias = [carrier.bias(bias[0], channels, outputs)]
         name = output if len(pieces) == 1 else None
         made = _apply(carrier, node, piece, rows, bias, name)
         if sums:
@@ -135,7 +136,7 @@ def _apply(
     shape = carrier.graph.shape(node.input[0])
     if node.op_type == "MatMul" and shape is not None and len(shape) == 2:
         weight = emit.constant("weight", rows.astype(np.float32))
-        return emit.op("Gemm", [piece.tensor, weight], name, transB=1)
+        return emit.gemm(piece.tensor, weight, len(rows), name)
     stored = rows.T if is_transposed(node) else rows
     weight = emit.constant("weight", stored.astype(np.float32))
     keywords = {a.name: helper.get_attribute_value(a) for a in node.attribute}
@@ -145,8 +146,8 @@ def _apply(
 def _dense(carrier: Carrier, x: str, weight: Weight, conv: ConvAttributes | None) -> list[_Piece]:
     """All channels: of parts either concatenated, or each with its own weight."""
     sources = carrier.sources(x)
-    if carrier.is_whole(x):
-        return [_Piece(x, weight, conv)]
+    if carrier.is_whole(x) or (conv is not None and conv.group > 1):
+        return [_Piece(carrier.whole(x), weight, conv)]
     if all(channels.is_selection for _, channels in sources):
         blocks = [weight[:, list(channels.indices)] for _, channels in sources]
     else:
@@ -163,16 +164,22 @@ def _dense(carrier: Carrier, x: str, weight: Weight, conv: ConvAttributes | None
 
 
 def _split(
-    carrier: Carrier, x: str, layer: StructuredNode, conv: ConvAttributes | None
+    carrier: Carrier,
+    x: str,
+    layer: StructuredNode,
+    conv: ConvAttributes | None,
+    dense: Weight,
 ) -> tuple[list[_Piece], list[str]]:
     """The differences, and the sum for a general layer, from what the space carries."""
     need = layer.need
     assert need is not None
+    if not need.is_met(channels for _, channels in carrier.sources(x)):
+        return _dense(carrier, x, dense, conv), []
     weight = difference_weight(layer.weight, layer.structure.reduced[0]).numpy()
     kept = len(need.difference.indices)
     pieces, described = [], []
     for tensor, channels in carrier.sources(x):
-        if Channels(channels.plus, channels.minus) == need.difference:
+        if need.is_difference(channels):
             if channels.total:
                 if layer.balanced:
                     weight = np.concatenate([weight[:, :kept], 0 * weight[:, kept:]], 1)
@@ -227,7 +234,8 @@ def _pooled(
         rows, *kernel = piece.weight.shape[1:]
         spatial = Structure((rows, *kernel), (rows, *layer.structure.reduced[1:]))
         channels = rows * piece.conv.group
-        pooled = pool(carrier.emit, piece.tensor, channels, spatial, piece.conv, form.space)
+        padded = carrier.padding(piece.tensor, len(kernel))
+        pooled = pool(carrier.emit, piece.tensor, channels, spatial, piece.conv, form.space, padded)
         weight = spatial.coefficients(torch.from_numpy(piece.weight)).numpy() * pooled.factor
         done.append(_Piece(pooled.output, weight, pooled.rest))
         described.append(_POOLS[pooled.form])

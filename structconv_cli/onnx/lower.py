@@ -30,6 +30,7 @@ from structconv_cli.structure import Structure
 
 MEASURE = "measure"
 DEFAULT_FORM = Form("split", "average")
+_OTHER_BASIS = "its input is carried as the differences that other layers read"
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,12 @@ class DenseLayer:
     Attributes:
         name: the layer's name.
         reason: why.
+        structured: whether its weight is structured all the same.
     """
 
     name: str
     reason: str
+    structured: bool = False
 
 
 @dataclass(frozen=True)
@@ -181,6 +184,8 @@ def lower(
     ms: Mapping[str, float] = {}
     if isinstance(how, Form):
         choice = _fixed(alternatives, how)
+    elif not layers:
+        choice = Choice({}, {})
     else:
         environment = how.target.environment
         cache = TimingCache(how.cache, environment)
@@ -194,7 +199,11 @@ def lower(
         if output in rebuilt.forms
     )
     left = [
-        DenseLayer(layer.name, _why_dense(alternatives, choice, output, measured=bool(ms)))
+        DenseLayer(
+            layer.name,
+            _why_dense(alternatives, choice, output, measured=bool(ms)),
+            structured=True,
+        )
         for output, layer in layers.items()
         if output not in rebuilt.forms
     ]
@@ -250,13 +259,17 @@ def _fixed(alternatives: Alternatives, form: Form) -> Choice:
 
 def _note(alternatives: Alternatives, choice: Choice, output: str) -> str:
     layer, form = alternatives.layers[output], choice.forms[output]
-    if layer.need is None or form.channels == "split":
+    if layer.need is None:
         return ""
+    if form.channels == "split":
+        return "" if alternatives.is_met(layer, choice) else _OTHER_BASIS
     return alternatives.obstacle(layer) or "measured: carrying its input in parts does not pay"
 
 
 def _why_dense(alternatives: Alternatives, choice: Choice, output: str, *, measured: bool) -> str:
+    layer = alternatives.layers[output]
+    if not alternatives.is_met(layer, choice):
+        return _OTHER_BASIS
     if measured:
         return "measured: no form of it is faster than the dense layer"
-    layer = alternatives.layers[output]
     return alternatives.obstacle(layer) or "the form asked for does not use its structure"

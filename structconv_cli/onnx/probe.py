@@ -1,9 +1,7 @@
-"""Looking inside ONNX graphs: running them, exposing tensors, measuring a sub-graph's kernel."""
+"""Looking inside ONNX graphs: running them and parts of them, exposing their tensors."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import product
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -13,13 +11,10 @@ import onnxruntime
 from onnx import helper, numpy_helper
 
 from structconv_cli.errors import OnnxError, one_line
-from structconv_cli.onnx.channels import Carried
 from structconv_cli.onnx.graph import captured
-from structconv_cli.onnx.nodes import ConvAttributes, is_transposed, layer_of
+from structconv_cli.onnx.nodes import is_transposed, layer_of
 
 Array = npt.NDArray[np.float32]
-
-_CHUNK_VALUES = 16_000_000
 
 
 def session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
@@ -79,21 +74,26 @@ def run_exposed(
     Raises:
         OnnxError: the graph has no such tensor.
     """
-    graph = model.graph
-    known = {name for node in graph.node for name in node.output} | set(feeds)
+    wanted = [name for name in dict.fromkeys(tensors) if name not in feeds]
+    values = run_fed(exposed(model, wanted), feeds) if wanted else []
+    return dict(zip([*feeds, *wanted], [*feeds.values(), *values], strict=True))
+
+
+def exposed(model: onnx.ModelProto, tensors: Sequence[str]) -> onnxruntime.InferenceSession:
+    """A session of a graph whose outputs are the named inner tensors.
+
+    Raises:
+        OnnxError: the graph has no such tensor.
+    """
+    known = {name for node in model.graph.node for name in node.output}
     missing = [name for name in tensors if name not in known]
     if missing:
         raise OnnxError(f"the graph has no tensor {missing[0]}, which its dense form has.")
-    exposed = onnx.ModelProto()
-    exposed.CopyFrom(model)
-    kinds = {v.name: v.type.tensor_type.elem_type for v in (*graph.value_info, *graph.output)}
-    del exposed.graph.output[:]
-    wanted = [name for name in dict.fromkeys(tensors) if name not in feeds]
-    exposed.graph.output.extend(
-        _value(name, kinds.get(name) or onnx.TensorProto.FLOAT) for name in wanted
-    )
-    values = run_fed(session(exposed), feeds) if wanted else []
-    return dict(zip([*feeds, *wanted], [*feeds.values(), *values], strict=True))
+    other = onnx.ModelProto()
+    other.CopyFrom(model)
+    del other.graph.output[:]
+    other.graph.output.extend(onnx.ValueInfoProto(name=name) for name in tensors)
+    return session(other)
 
 
 def layer_nodes(model: onnx.ModelProto, layers: Sequence[str]) -> dict[str, list[onnx.NodeProto]]:
@@ -107,112 +107,48 @@ def layer_nodes(model: onnx.ModelProto, layers: Sequence[str]) -> dict[str, list
 
 
 def dense_kernel(model: onnx.ModelProto, node: onnx.NodeProto) -> tuple[Array, Array]:
-    """Weight (C_out, C/groups, *kernel) and bias (C_out,) of a Conv, Gemm or MatMul node."""
+    """Weight (C_out, C/groups, *kernel) and bias (C_out,) of a Conv, Gemm or MatMul node.
+
+    The bias is zeros where the node has none.
+    """
     tensors = {t.name: t for t in model.graph.initializer}
     weight = numpy_helper.to_array(tensors[node.input[1]])
     if is_transposed(node):
         weight = weight.T
-    if len(node.input) > 2:
+    if len(node.input) > 2 and node.input[2]:
         bias = numpy_helper.to_array(tensors[node.input[2]])
+        # A Gemm may have one number for all outputs.
+        bias = np.broadcast_to(bias, weight.shape[:1]) if bias.size == 1 else bias
     else:
         bias = np.zeros(weight.shape[0], np.float32)
     return weight, bias
 
 
-def impulse_response(
-    model: onnx.ModelProto,
-    dense: onnx.NodeProto,
-    kernel: tuple[int, ...],
-    sources: Carried | None = None,
-    targets: Carried | None = None,
-) -> tuple[Array, Array]:
-    """The kernel and bias that `model` really applies between a dense node's input and output.
-
-    Unit impulses are fed to the part of `model` between the two tensors, one for every channel of a
-    group and every kernel position, so that each output is one weight: nothing is known of how the
-    part computes it, and nothing is summed that could hide an error.
-
-    Args:
-        model: the graph to probe; it has the dense node's input and output tensors, or what is
-            given to stand for them.
-        dense: the Conv, Gemm or MatMul node that says which convolution is meant.
-        kernel: shape of its weight, (C_out, C/groups, *kernel).
-        sources: the tensors that carry the node's input; the input itself if None. Of a grouped
-            convolution they must carry whole groups.
-        targets: likewise for its output.
-
-    Returns:
-        Kernel (rows, channels, *kernel) and bias (rows,), for all channels that the targets carry
-        and all (of a group) that the sources carry.
+def part_session(
+    model: onnx.ModelProto, feeds: Mapping[str, npt.NDArray[np.generic]], targets: Sequence[str]
+) -> onnxruntime.InferenceSession:
+    """A session of the part of a graph between tensors of the types fed and `targets`.
 
     Raises:
-        OnnxError: `model` has no path between the two tensors.
+        OnnxError: the targets depend on something else, or ONNX Runtime refuses the part.
     """
-    sizes = kernel[2:]
-    attributes = ConvAttributes.of(dense, sizes) if dense.op_type == "Conv" else None
-    groups = attributes.group if attributes else 1
-    read, taps = _geometry(attributes, sizes) if attributes else ((), [])
-    extent = tuple(max(positions) + 1 for positions in taps)
-    ins = [(t, c.size) for t, c in sources] if sources else [(dense.input[0], kernel[1] * groups)]
-    outs = [t for t, _ in targets] if targets else [dense.output[0]]
-    part = session(extract(model, [name for name, _ in ins], outs))
-    total = sum(size for _, size in ins)
-    width = kernel[1] if groups > 1 else total
-    edges = np.cumsum([size for _, size in ins])[:-1]
-
-    def respond(x: Array) -> Array:
-        blocks = np.split(x.reshape(len(x), total, *extent), edges, axis=1)
-        feeds = {name: np.ascontiguousarray(b) for (name, _), b in zip(ins, blocks, strict=True)}
-        return np.concatenate(run_fed(part, feeds), axis=1)
-
-    bias = _at(respond(np.zeros((1, total, *extent), np.float32)), read)
-    response = np.zeros((len(bias), width, *sizes), np.float32)
-    impulses = list(product(range(width), *(range(n) for n in sizes)))
-    for chunk in _chunks(impulses, max(1, _CHUNK_VALUES // max(total * prod(extent), len(bias)))):
-        x = np.zeros((len(chunk), total // width, width, *extent), np.float32)
-        for row, (channel, *tap) in enumerate(chunk):
-            position = tuple(taps[axis][index] for axis, index in enumerate(tap))
-            x[row, :, channel][_everywhere(position)] = 1
-        y = respond(x)
-        for row, (channel, *tap) in enumerate(chunk):
-            response[:, channel][_everywhere(tap)] = _at(y[row : row + 1], read) - bias
-    return response, bias
-
-
-def _at(y: Array, position: tuple[int, ...]) -> Array:
-    value: Array = y[0][_everywhere(position)]
-    return value
-
-
-def _everywhere(position: Sequence[int]) -> tuple[slice | int, ...]:
-    """Index of all entries of the first axis at one position of the others."""
-    return (slice(None), *position)
-
-
-def _geometry(
-    attributes: ConvAttributes, sizes: tuple[int, ...]
-) -> tuple[tuple[int, ...], list[list[int]]]:
-    """The first output position whose window lies inside the input, and its taps' positions."""
-    read, taps = [], []
-    for (before, _), stride, dilation, size in zip(
-        attributes.pads, attributes.strides, attributes.dilations, sizes, strict=True
-    ):
-        output = -(-before // stride)
-        start = output * stride - before
-        read.append(output)
-        taps.append([start + dilation * i for i in range(size)])
-    return tuple(read), taps
-
-
-def _chunks(items: list[tuple[int, ...]], size: int) -> Iterator[list[tuple[int, ...]]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+    kinds = {name: helper.np_dtype_to_tensor_dtype(x.dtype) for name, x in feeds.items()}
+    return session(extract(model, list(feeds), targets, kinds))
 
 
 def extract(
-    model: onnx.ModelProto, sources: Sequence[str], targets: Sequence[str]
+    model: onnx.ModelProto,
+    sources: Sequence[str],
+    targets: Sequence[str],
+    kinds: Mapping[str, int] | None = None,
 ) -> onnx.ModelProto:
     """The part of a graph that computes `targets` from `sources`.
+
+    Args:
+        model: the graph.
+        sources: tensors; none of them if the targets are made of constants.
+        targets: tensors.
+        kinds: the sources' element types (`onnx.TensorProto.DataType`) that are not float32.
 
     Raises:
         OnnxError: the targets depend on something else, or on no source at all.
@@ -236,17 +172,20 @@ def extract(
             )
         needed.add(name)
         pending.extend([*producers[name].input, *captured(producers[name])])
-    if not reached:
+    if sources and not reached:
         raise OnnxError(f"the graph has no path from tensor {sources[0]} to tensor {targets[0]}.")
     nodes = [node for node in model.graph.node if needed & set(node.output)]
     used = {name for node in nodes for name in (*node.input, *captured(node))}
-    kinds = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
-    kinds |= {value.name: value.type.tensor_type.elem_type for value in model.graph.input}
+    known = kinds or {}
+    inputs = [
+        helper.make_tensor_value_info(name, known.get(name, onnx.TensorProto.FLOAT), None)
+        for name in sources
+    ]
     graph = helper.make_graph(
         nodes,
         "part",
-        [_value(name, kinds.get(name, onnx.TensorProto.FLOAT)) for name in sources],
-        [_value(name, kinds.get(name, onnx.TensorProto.FLOAT)) for name in targets],
+        inputs,
+        [onnx.ValueInfoProto(name=name) for name in targets],
         [tensor for tensor in model.graph.initializer if tensor.name in used],
     )
     return helper.make_model(
@@ -255,7 +194,3 @@ def extract(
         ir_version=model.ir_version,
         functions=list(model.functions),
     )
-
-
-def _value(name: str, kind: int) -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info(name, kind, None)

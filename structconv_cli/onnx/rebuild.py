@@ -105,11 +105,13 @@ def _carry(carrier: Carrier, node: onnx.NodeProto, role: Carry, targets: Carried
     """Apply a node to each part, with the part's share of its constants."""
     for position, (output, channels) in enumerate(targets):
         inputs = list(node.input)
-        for tied in role.tied:
-            inputs[tied] = carrier.part(node.input[tied], channels, position)
-        for index, axis in role.sliced.items():
-            if index < len(inputs) and inputs[index]:
-                inputs[index] = carrier.constant(inputs[index], channels, axis)
+        for index, name in enumerate(node.input):
+            if index in role.tied:
+                inputs[index] = carrier.part(name, channels, position)
+            elif name and index in role.sliced:
+                inputs[index] = carrier.constant(name, channels, role.sliced[index])
+            elif name:
+                inputs[index] = carrier.whole(name)
         if role.flattens:
             carrier.emit.op("Flatten", inputs[:1], output, axis=1)
             continue

@@ -44,8 +44,8 @@ class Layer:
 
     Attributes:
         weight: the weight's name.
-        mixes: whether all channels meet (no groups, and they lie on axis 1), so that the layer can
-            read and make any parts.
+        mixes: whether all channels meet (no groups, and they lie on axis 1) and the bias is known,
+            so that the layer can read and make any parts.
     """
 
     weight: str
@@ -122,7 +122,8 @@ def role_of(graph: Graph, node: onnx.NodeProto) -> Role:
     """The role of a node of the standard domain; anything not understood is a barrier."""
     if node.domain not in ("", "ai.onnx") or any(name in graph.inputs for name in node.output):
         return Barrier()
-    if sum(bool(name) and name in graph.readers for name in node.output) > 1:
+    used = [name for name in node.output if name in graph.readers or name in graph.outputs]
+    if any(name != node.output[0] for name in used):
         return Barrier()
     found = _find(node.op_type)(graph, node)
     if isinstance(found, Carry):
@@ -162,6 +163,9 @@ def _find(op: str) -> Callable[[Graph, onnx.NodeProto], Role]:
 def _unary(graph: Graph, node: onnx.NodeProto) -> Role:
     # Clip's bounds and Dropout's ratio are scalars.
     if any(name and not graph.is_constant(name) for name in node.input[1:]):
+        return Barrier()
+    training = graph.constant(node.input[2]) if len(node.input) > 2 else None
+    if node.op_type == "Dropout" and training is not None and training.any():
         return Barrier()
     return Carry((0,), linear=node.op_type in _LINEAR_UNARY)
 
@@ -210,13 +214,13 @@ def _spatial(graph: Graph, node: onnx.NodeProto, axes: list[int]) -> bool:
 def _conv(graph: Graph, node: onnx.NodeProto) -> Role:
     weight = graph.constant(node.input[1])
     bias_known = len(node.input) < 3 or not node.input[2] or graph.is_constant(node.input[2])
-    if weight is None or weight.dtype != "float32" or not bias_known:
+    if weight is None or weight.dtype != "float32":
         return Barrier()
     groups = attributes(node).get("group", 1)
     assert isinstance(groups, int)
     if groups == 1:
-        return Layer(node.input[1], mixes=True)
-    if weight.shape[0] == weight.shape[1] * groups:
+        return Layer(node.input[1], mixes=bias_known)
+    if bias_known and weight.shape[0] == weight.shape[1] * groups:
         return Carry((0,), {1: 0, 2: 0}, group=weight.shape[1])
     return Layer(node.input[1], mixes=False)
 
@@ -228,14 +232,16 @@ def _linear(graph: Graph, node: onnx.NodeProto) -> Role:
     shape = graph.shape(node.input[0])
     values = attributes(node)
     plain = not values.get("transA") and values.get("alpha", 1.0) == values.get("beta", 1.0) == 1.0
-    bias_known = len(node.input) < 3 or not node.input[2] or _is_row(graph, node.input[2])
+    outputs = weight.shape[0 if values.get("transB") else 1]
+    bias_known = len(node.input) < 3 or not node.input[2] or _is_row(graph, node.input[2], outputs)
     mixes = shape is not None and len(shape) == 2 and plain and bias_known
     return Layer(node.input[1], mixes)
 
 
-def _is_row(graph: Graph, bias: str) -> bool:
+def _is_row(graph: Graph, bias: str, outputs: int) -> bool:
+    """Whether a bias is the same for every row of the output."""
     value = graph.constant(bias)
-    return value is not None and value.ndim == 1
+    return value is not None and value.size in (1, outputs) and value.shape[:-1] in ((), (1,))
 
 
 def _normalisation(graph: Graph, node: onnx.NodeProto) -> Role:
@@ -287,7 +293,9 @@ def _resize(graph: Graph, node: onnx.NodeProto) -> Role:
     scales = graph.constant(node.input[position])
     if scales is None or scales.size < 3 or any(scales.flatten()[:2] != 1):
         return Barrier()
-    return Carry((0,), linear=True)
+    # Outside the image this mode takes a given value, which a difference would subtract.
+    mode = attributes(node).get("coordinate_transformation_mode")
+    return Carry((0,), linear=mode != b"tf_crop_and_resize")
 
 
 def _slice(graph: Graph, node: onnx.NodeProto) -> Role:

@@ -17,14 +17,14 @@ A space read by layers with channel structure can be carried in two ways that ma
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import onnx
 
 from structconv_cli.onnx.channels import Channels, Ranges
-from structconv_cli.onnx.graph import Graph
+from structconv_cli.onnx.graph import Graph, attributes
 from structconv_cli.onnx.roles import Barrier, Carry, Join, Layer, Role, role_of
 
 
@@ -47,6 +47,15 @@ class Need:
         partners = (kept + (j - kept) % window for j in range(kept))
         total = () if balanced else ((kept, channels),)
         return cls(Channels.of(range(kept), partners), total)
+
+    def is_met(self, parts: Iterable[Channels]) -> bool:
+        """Whether what carries a space serves it: selections, or a basis with its differences."""
+        bases = [channels for channels in parts if not channels.is_selection]
+        return not bases or any(self.is_difference(channels) for channels in bases)
+
+    def is_difference(self, channels: Channels) -> bool:
+        """Whether channels are its differences, with or without a sum behind them."""
+        return Channels(channels.plus, channels.minus) == self.difference
 
     @property
     def combined(self) -> Channels:
@@ -230,7 +239,9 @@ def _basis(space: Space, wanted: Sequence[Need]) -> tuple[Channels, ...]:
     first = Channels(common.plus, common.minus, total)
     if len(fitting) == len(space.readers):
         return (first,)
-    return (Channels(common.plus, common.minus), Channels(((len(common.indices), space.channels),)))
+    kept = len(common.indices)
+    parts = (Channels(common.plus, common.minus), Channels(((kept, space.channels),)))
+    return parts if kept else parts[1:]
 
 
 def _cut(
@@ -251,7 +262,8 @@ def _cut(
         if isinstance(role, Barrier | Carry):
             return f"{maker.op_type} {maker.output[0]} makes its channels in one piece"
         if isinstance(role, Layer) and not role.mixes:
-            return f"{maker.op_type} {maker.output[0]} makes its channels in groups"
+            how = "groups" if attributes(maker).get("group", 1) != 1 else "one piece"
+            return f"{maker.op_type} {maker.output[0]} makes its channels in {how}"
         if isinstance(role, Join):
             obstacle = _cut_inputs(spaces, maker, parts, asked)
             if obstacle:
@@ -268,17 +280,18 @@ def _cut_inputs(
     """Cut what a Concat joins wherever an edge of its parts falls inside."""
     offset = 0
     for name in join.input:
-        space = spaces.of(name)
-        assert space is not None
+        size = spaces.graph.channels(name)
+        assert size is not None
         inner = []
         for part in parts:
-            (start, stop), size = part.plus[0], space.channels
+            start, stop = part.plus[0]
             start, stop = max(0, start - offset), min(size, stop - offset)
             if start < stop:
                 inner.append(Channels(((start, stop),)))
-        if len(inner) > 1:
+        space = spaces.of(name)
+        if len(inner) > 1 and space is not None:
             obstacle = _cut(spaces, space, tuple(inner), asked)
             if obstacle:
                 return f"concatenated: {obstacle}"
-        offset += space.channels
+        offset += size
     return ""

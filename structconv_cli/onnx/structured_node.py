@@ -116,6 +116,8 @@ def _obstacle(graph: Graph, node: onnx.NodeProto) -> str:
         return f"its weight is {weight.dtype}; expected float32"
     if weight.ndim < 2 or (node.op_type == "MatMul" and weight.ndim > 2):
         return f"its weight has {weight.ndim} axes"
+    if not np.isfinite(weight).all():
+        return "its weight holds values that are not finite"
     automatic = attributes(node).get("auto_pad", b"NOTSET")
     if automatic not in (b"NOTSET", b"VALID"):
         assert isinstance(automatic, bytes)

@@ -39,22 +39,29 @@ class TimingCache:
         self._path, self._environment = path, environment
         self._new: dict[str, float] = {}
         self._known = dict(_read(path).ms.get(environment, {}))
-        self.hits = 0
+        self._hits: set[str] = set()
+        self._measured: set[str] = set()
 
     def get(self, key: str) -> float | None:
         """A known time."""
-        found = self._known.get(key)
-        self.hits += found is not None
-        return found
+        if key in self._known and key not in self._measured:
+            self._hits.add(key)
+        return self._known.get(key)
 
     def put(self, key: str, ms: float) -> None:
         """Note a time; `save` writes it."""
         self._known[key] = self._new[key] = ms
+        self._measured.add(key)
+
+    @property
+    def hits(self) -> int:
+        """How many times that were asked for were known from the file."""
+        return len(self._hits)
 
     @property
     def measured(self) -> int:
         """How many times were measured anew."""
-        return len(self._new)
+        return len(self._measured)
 
     def save(self) -> None:
         """Add the new times to the file; a machine that does not let us write is no error."""

@@ -17,7 +17,7 @@ import numpy as np
 
 from structconv_cli.errors import BenchmarkError
 from structconv_cli.timing.environment import Environment, describe_environment
-from structconv_cli.timing.execution_provider import PROVIDERS, require_provider
+from structconv_cli.timing.execution_provider import check_device, require_provider
 from structconv_cli.timing.inputs import agree_on_inputs
 from structconv_cli.timing.model_timing import ModelTiming, size_on_disk, summarise
 from structconv_cli.timing.speedup import MINIMUM_ROUNDS, Speedup, compare_rounds
@@ -54,10 +54,7 @@ class BenchmarkSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.device not in PROVIDERS:
-            raise BenchmarkError(
-                f"Unknown device '{self.device}'. Choose one of: {', '.join(PROVIDERS)}."
-            )
+        check_device(self.device)
         for name, least in (
             ("threads", 1),
             ("batch_size", 1),

@@ -16,6 +16,16 @@ _PACKAGES = {
 }
 
 
+def check_device(device: str) -> None:
+    """Check that there is a provider for a device.
+
+    Raises:
+        BenchmarkError: The device is not in `PROVIDERS`.
+    """
+    if device not in PROVIDERS:
+        raise BenchmarkError(f"Unknown device '{device}'. Choose one of: {', '.join(PROVIDERS)}.")
+
+
 def require_provider(device: str, available: Sequence[str]) -> str:
     """Return the name of the provider for a device, which is one of `PROVIDERS`.
 

@@ -2,9 +2,10 @@
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -57,12 +58,27 @@ def node_times(
         events = json.loads(Path(session.end_profiling()).read_text())
     times: dict[int, list[float]] = {}
     names: dict[int, tuple[str, str]] = {}
-    for event in events:
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            index = int(event["args"]["node_index"])
-            names[index] = (event["name"].removesuffix("_kernel_time"), event["args"]["op_name"])
-            times.setdefault(index, []).append(event["dur"] / 1e3)
+    for event in _outer([e for e in events if _is_node(e)]):
+        index = int(event["args"]["node_index"])
+        names[index] = (event["name"].removesuffix("_kernel_time"), event["args"]["op_name"])
+        times.setdefault(index, []).append(event["dur"] / 1e3)
     return tuple(
         NodeTime(*names[index], float(np.median(values[_WARM_UP:])))
         for index, values in times.items()
     )
+
+
+def _is_node(event: Mapping[str, Any]) -> bool:
+    return event.get("cat") == "Node" and str(event["name"]).endswith("_kernel_time")
+
+
+def _outer(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Events that lie within no other: nodes of sub-graphs run within their If, Loop or Scan."""
+    found: list[Mapping[str, Any]] = []
+    end = -1
+    for event in sorted(events, key=lambda e: (e["ts"], -e["dur"])):
+        # Times are whole microseconds: neighbours may seem to overlap by one.
+        if event["ts"] + event["dur"] / 2 >= end:
+            found.append(event)
+            end = event["ts"] + event["dur"]
+    return found
