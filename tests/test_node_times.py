@@ -164,6 +164,5 @@ def test_nodes_of_a_sub_graph_are_not_counted_twice() -> None:
         chosen([conv("a", "inner", "w", 9)], "inner"),
         w=kernel(16, 9),
     )
-    alone = profile(model(conv("x", "y", "w", 9), w=kernel(16, 9)))
-    heavy = sum(entry.ms for entry in alone)
-    assert sum(entry.ms for entry in profile(content)) < 1.6 * heavy
+    # The time of an If holds that of the nodes inside it.
+    assert [entry.op_type for entry in profile(content)] == ["Softplus", "If"]

@@ -370,7 +370,7 @@ VARIED = [
 ]
 
 
-@pytest.mark.parametrize(("position", "conv"), enumerate(VARIED), ids=str)
+@pytest.mark.parametrize(("position", "conv"), list(enumerate(VARIED)), ids=str)
 def test_lowered_convolution_is_the_dense_one_in_standard_operators(
     position: int, conv: Conv
 ) -> None:
