@@ -10,9 +10,10 @@ from structconv_cli.errors import OnnxError
 from structconv_cli.exactness import Check
 from structconv_cli.graph_check import LoweredGraph, check_graph
 from structconv_cli.onnx.example_inputs import Shapes, example_inputs
-from structconv_cli.onnx.file import check_lowerable, load_onnx, save_onnx
+from structconv_cli.onnx.file import load_onnx, save_onnx
 from structconv_cli.onnx.graph import Graph
 from structconv_cli.onnx.lower import DEFAULT_FORM, MEASURE, Lowering, LoweringSettings, lower
+from structconv_cli.onnx.lowerable import check_lowerable
 from structconv_cli.onnx.probe import session
 from structconv_cli.onnx.structured_node import structured_nodes
 from structconv_cli.plan import read_plan

@@ -130,3 +130,7 @@ Timings = Annotated[
     Path | None,
     typer.Option(help="File of known timings. By default in the user's cache folder."),
 ]
+Run = Annotated[
+    Path, typer.Argument(help="Run folder that `structconv convert` wrote.", show_default=True)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and no tables.")]

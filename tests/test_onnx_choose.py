@@ -21,13 +21,15 @@ from test_onnx_lower import U
 
 from structconv_cli.errors import BenchmarkError
 from structconv_cli.onnx import choose as choosing
+from structconv_cli.onnx import measure as measuring
 from structconv_cli.onnx.alternatives import Alternatives, Choice
-from structconv_cli.onnx.choose import Target, choose
+from structconv_cli.onnx.choose import choose
 from structconv_cli.onnx.forms import CHANNEL_FORMS, SPACE_FORMS, Form
 from structconv_cli.onnx.graph import Graph
 from structconv_cli.onnx.rebuild import rebuild
 from structconv_cli.onnx.spaces import Spaces
 from structconv_cli.onnx.structured_node import structured_nodes
+from structconv_cli.onnx.target import Target
 from structconv_cli.onnx.timing_cache import TimingCache
 
 Feeds = dict[str, np.ndarray]
@@ -245,7 +247,7 @@ def combination(path: Path) -> Choice:
     """The combination that times by node make, before it is compared with any other."""
     alternatives = possible(network())
     cache = TimingCache(path, Target().environment)
-    measure = choosing._Measure(alternatives, Target(), image(), cache)
+    measure = measuring.Measure(alternatives, Target(), image(), cache)
     variants = {
         name: measure.in_place(choice) for name, choice in choosing._uniform(alternatives).items()
     }

@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from structconv_cli.errors import OnnxError
-from structconv_cli.onnx import file
-from structconv_cli.onnx.file import LIMIT, check_lowerable, load_onnx, save_onnx
+from structconv_cli.onnx import external_data, file
+from structconv_cli.onnx.external_data import LIMIT
+from structconv_cli.onnx.file import load_onnx, save_onnx
+from structconv_cli.onnx.lowerable import check_lowerable
 
 IMAGES = ("b", 2, 8, 8)
 PAYLOAD = bytes(range(16))
@@ -199,7 +201,7 @@ def test_data_elsewhere_is_refused_and_nothing_is_read(
     def read(*_: object) -> None:
         raise AssertionError("read before all places were checked")
 
-    monkeypatch.setattr(file, "load_external_data_for_tensor", read)
+    monkeypatch.setattr(external_data, "load_external_data_for_tensor", read)
     hostile = HOLDERS[holder](external(location.format(outside=folder.parent)))
     hostile.graph.initializer.insert(0, external("data", "innocent"))
     path = write(hostile, folder / "model.onnx")

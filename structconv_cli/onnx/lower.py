@@ -11,7 +11,7 @@ import onnx
 from structconv_cli.errors import OnnxError
 from structconv_cli.onnx.alternatives import Alternatives, Choice
 from structconv_cli.onnx.channels import Carried
-from structconv_cli.onnx.choose import Target, choose
+from structconv_cli.onnx.choose import choose
 from structconv_cli.onnx.dead_channels import Selections, carried_through, remove_dead_channels
 from structconv_cli.onnx.forms import CHANNEL_FORMS, SPACE_FORMS, Form
 from structconv_cli.onnx.graph import Graph
@@ -24,6 +24,7 @@ from structconv_cli.onnx.structured_node import (
     find_structure,
     structured_nodes,
 )
+from structconv_cli.onnx.target import Target
 from structconv_cli.onnx.timing_cache import TimingCache
 from structconv_cli.progress import SILENT, Observer
 from structconv_cli.structure import Structure

@@ -1,0 +1,120 @@
+"""`structconv convert`."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+from rich.console import Console
+
+from structconv_cli import options
+from structconv_cli.commands.failures import CHECK_FAILED, failures
+
+if TYPE_CHECKING:
+    from structconv_cli.convert import ConvertRequest
+
+
+def convert(
+    checkpoint: options.Checkpoint,
+    arch: options.Arch,
+    data: options.Data,
+    arch_arg: options.ArchArg = None,
+    out: options.Out = Path("structconv-run"),
+    force: options.Force = False,
+    n: options.N = 2,
+    channels: options.Channels = 1.0,
+    plan: options.PlanFile = None,
+    epochs: options.Epochs = 6,
+    sr_epochs: options.SrEpochs = None,
+    sr_lambda: options.SrLambda = 0.1,
+    distill: options.Distill = 0.5,
+    batch_size: options.BatchSize = 64,
+    lr: options.LearningRate = 0.02,
+    augment: options.Augment = "crop",
+    size: options.Size = None,
+    mean: options.Mean = "",
+    std: options.Std = "",
+    val_split: options.ValSplit = None,
+    seed: options.Seed = 0,
+    forms: options.Forms = "measure",
+    timings: options.Timings = None,
+) -> None:
+    """Fine-tune a trained CNN into its structured form, rewrite, export and verify it."""
+    console = Console()
+    with failures(written=f"nothing was written to {out}"):
+        from structconv_cli.convert import ConvertRequest
+        from structconv_cli.data.spec import DataSpec
+        from structconv_cli.finetune import FineTuneSettings
+        from structconv_cli.model.architecture import Architecture, parse_arguments
+        from structconv_cli.onnx.lower import LoweringSettings
+        from structconv_cli.onnx.target import Target
+        from structconv_cli.onnx.timing_cache import default_path
+
+        request = ConvertRequest(
+            checkpoint=checkpoint,
+            architecture=Architecture(arch, parse_arguments(arch_arg or [])),
+            data=DataSpec(
+                data, size, _floats("--mean", mean), _floats("--std", std), val_split, seed
+            ),
+            settings=FineTuneSettings(
+                epochs=epochs,
+                regularised_epochs=_regularised_epochs(epochs, sr_epochs),
+                batch_size=batch_size,
+                learning_rate=lr,
+                sr_lambda=sr_lambda,
+                distillation=distill,
+                augment=_augmentation(augment),
+                seed=seed,
+            ),
+            n=n,
+            channels=channels,
+            plan_file=plan,
+            out=out,
+            force=force,
+            lowering=LoweringSettings(forms, Target(), timings or default_path()),
+            command=tuple(sys.argv),
+        )
+        exact = _convert(request, console)
+    if not exact:
+        raise typer.Exit(CHECK_FAILED)
+
+
+def _convert(request: "ConvertRequest", console: Console) -> bool:
+    from structconv_cli.convert import convert as run_pipeline
+    from structconv_cli.report.conversion import convert_report
+    from structconv_cli.terminal import observer_for
+
+    result, verification = run_pipeline(request, observer_for(Console(stderr=True)))
+    console.print(convert_report(result, verification))
+    console.print(
+        f"Wrote [bold]{request.out}[/] with structured.onnx. How much faster it is here: "
+        "`structconv benchmark"
+        + ("`." if request.out == Path("structconv-run") else f" {request.out}`."),
+        highlight=False,
+    )
+    return verification.exact
+
+
+def _regularised_epochs(epochs: int, chosen: int | None) -> int:
+    if chosen is None:
+        return -(-epochs // 3)
+    if chosen > epochs:
+        raise typer.BadParameter(f"--sr-epochs {chosen} is more than --epochs {epochs}.")
+    return chosen
+
+
+def _augmentation(text: str) -> tuple[str, ...]:
+    kinds = tuple(kind for kind in text.split(",") if kind and kind != "none")
+    unknown = [kind for kind in kinds if kind not in ("crop", "flip")]
+    if unknown:
+        raise typer.BadParameter(f"--augment knows crop, flip and none; found {unknown[0]}.")
+    return kinds
+
+
+def _floats(option: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        raise typer.BadParameter(
+            f"{option} takes numbers separated by commas, such as 0.5,0.5,0.5; found {text!r}."
+        ) from None

@@ -1,0 +1,1 @@
+"""Results as tables for the terminal. No computation: what is shown is in the results."""
