@@ -1,7 +1,6 @@
 """The pipeline: checkpoint, data and plan in; a run folder with a verified ONNX model out."""
 
 import time
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -12,101 +11,27 @@ from torch import nn
 from structconv_cli import __version__
 from structconv_cli.approximation import compare_models
 from structconv_cli.artifacts import load_artifacts, run_onnx, save_tensors, stamp
-from structconv_cli.cost import Cost, dense_cost, structured_cost
+from structconv_cli.conversion import ConvertRequest, ConvertResult, layer_outcomes
+from structconv_cli.cost import Cost
 from structconv_cli.data.dataset import Dataset, check_labels, load_dataset
-from structconv_cli.data.spec import DataSpec
 from structconv_cli.errors import PlanError, StructconvError
-from structconv_cli.finetune import FineTuneResult, FineTuneSettings, finetune
+from structconv_cli.finetune import FineTuneResult, finetune
 from structconv_cli.json_file import write_json
-from structconv_cli.model.architecture import Architecture, build_model
+from structconv_cli.model.architecture import build_model
 from structconv_cli.model.checkpoint import Checkpoint, load_checkpoint, load_into, save_like
 from structconv_cli.model.inventory import Inventory, first_channels, take_inventory
 from structconv_cli.onnx.export import export_onnx
 from structconv_cli.onnx.file import load_onnx, save_onnx
-from structconv_cli.onnx.lower import Lowering, LoweringSettings, lower
-from structconv_cli.plan import KeptLayer, Plan, read_plan
+from structconv_cli.onnx.lower import Lowering, lower
+from structconv_cli.plan import Plan, read_plan
 from structconv_cli.planner import check_plan, rule_plan
 from structconv_cli.progress import SILENT, Observer
 from structconv_cli.rewrite import rewrite
 from structconv_cli.run_folder import FORMAT, RunFolder, RunInfo, check_destination, new_run_folder
-from structconv_cli.structure import Structure
 from structconv_cli.verify import VerifyResult, record_reference, verify
 
 _EVALUATION_BATCH = 64
 _TRACE_BATCH = 2
-_SLIMMED = "only the channels that it reads were left to it"
-
-
-@dataclass(frozen=True)
-class ConvertRequest:
-    """What the user asked for.
-
-    Attributes:
-        checkpoint: the user's checkpoint file.
-        architecture: what builds the model that it fits.
-        data: what to tune and judge on.
-        settings: how to fine-tune.
-        n, channels: the rule for all layers (see `planner.rule_plan`), where there is no plan file.
-        plan_file: a plan to obey instead.
-        out: the run folder to write.
-        force: whether an existing run folder is replaced.
-        lowering: how the ONNX forms are chosen.
-        command: the command line's words, for the record.
-    """
-
-    checkpoint: Path
-    architecture: Architecture
-    data: DataSpec
-    settings: FineTuneSettings
-    n: int
-    channels: float
-    plan_file: Path | None
-    out: Path
-    force: bool
-    lowering: LoweringSettings = field(default_factory=LoweringSettings)
-    command: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class LayerOutcome:
-    """One layer after conversion.
-
-    Attributes:
-        name: the layer's name.
-        structure: its structure; None if it was kept dense.
-        note: the ONNX form it was lowered to, or why it was kept.
-        before, after: cost for one image, all its runs in one forward pass together; None if the
-            model never runs it.
-    """
-
-    name: str
-    structure: Structure | None
-    note: str
-    before: Cost | None
-    after: Cost | None
-
-
-@dataclass(frozen=True)
-class ConvertResult:
-    """What `convert` did.
-
-    Attributes:
-        layers: every convolution and linear layer.
-        before, after: cost of these layers together, for one image.
-        finetune: accuracy stage by stage.
-        original_bytes, structured_bytes: sizes of the two ONNX files.
-        seconds: duration of the whole conversion, verification included.
-        notes: what the user should know, one sentence each.
-    """
-
-    layers: tuple[LayerOutcome, ...]
-    before: Cost
-    after: Cost
-    finetune: FineTuneResult
-    original_bytes: int
-    structured_bytes: int
-    seconds: float
-    notes: tuple[str, ...]
 
 
 def convert(
@@ -155,7 +80,7 @@ def convert(
         batches = data.batches(data.val, _EVALUATION_BATCH)
         verification = verify(artifacts, lambda: compare_models(*models, batches), observer)
         write_json(verification, folder.verify_result)
-        layers = _outcomes(inventory, plan, lowering)
+        layers = layer_outcomes(inventory, plan, lowering)
         costs = [layer for layer in layers if layer.before and layer.after]
         result = ConvertResult(
             layers=layers,
@@ -285,26 +210,6 @@ def _run_info(
         plan_sha256=plan.digest,
         files={role: path.name for role, path in files.items()},
     )
-
-
-def _outcomes(inventory: Inventory, plan: Plan, lowering: Lowering) -> tuple[LayerOutcome, ...]:
-    traced = {layer.spec.name: layer for layer in inventory.layers}
-    forms = {entry.name: entry.form for entry in lowering.layers}
-    reasons = {entry.name: entry.reason for entry in lowering.dense}
-    outcomes = []
-    for entry in plan.layers:
-        layer = traced.get(entry.name)
-        before = after = None
-        if layer is not None:
-            before = after = dense_cost(layer.spec, layer.output_size, layer.calls)
-            if entry.name in forms and not isinstance(entry, KeptLayer):
-                after = structured_cost(layer.spec, entry.structure, layer.output_size, layer.calls)
-        if isinstance(entry, KeptLayer):
-            outcomes.append(LayerOutcome(entry.name, None, entry.reason, before, after))
-        else:
-            note = forms.get(entry.name) or f"dense ({reasons.get(entry.name, _SLIMMED)})"
-            outcomes.append(LayerOutcome(entry.name, entry.structure, note, before, after))
-    return tuple(outcomes)
 
 
 def _warnings(tuning: FineTuneResult, classes: int) -> list[str]:

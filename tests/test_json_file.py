@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from structconv_cli.approximation import Approximation
-from structconv_cli.convert import ConvertResult, LayerOutcome
+from structconv_cli.conversion import ConvertResult, LayerOutcome
 from structconv_cli.cost import Cost
 from structconv_cli.data.spec import DataSpec
 from structconv_cli.errors import RunFolderError, StructconvError

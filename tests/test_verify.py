@@ -18,7 +18,8 @@ from onnx import helper, numpy_helper
 from safetensors.torch import load_file, save_file
 
 from structconv_cli.artifacts import PLAN_KEY, load_artifacts
-from structconv_cli.convert import ConvertRequest, ConvertResult, convert, verify_run
+from structconv_cli.conversion import ConvertRequest, ConvertResult
+from structconv_cli.convert import convert, verify_run
 from structconv_cli.data.dataset import load_dataset
 from structconv_cli.data.spec import DataSpec
 from structconv_cli.errors import RunFolderError, StructconvError

@@ -11,7 +11,7 @@ from structconv_cli import options
 from structconv_cli.commands.failures import CHECK_FAILED, failures
 
 if TYPE_CHECKING:
-    from structconv_cli.convert import ConvertRequest
+    from structconv_cli.conversion import ConvertRequest
 
 
 def convert(
@@ -42,7 +42,7 @@ def convert(
     """Fine-tune a trained CNN into its structured form, rewrite, export and verify it."""
     console = Console()
     with failures(written=f"nothing was written to {out}"):
-        from structconv_cli.convert import ConvertRequest
+        from structconv_cli.conversion import ConvertRequest
         from structconv_cli.data.spec import DataSpec
         from structconv_cli.finetune import FineTuneSettings
         from structconv_cli.model.architecture import Architecture, parse_arguments

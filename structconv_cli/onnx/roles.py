@@ -64,13 +64,12 @@ class Barrier:
 
 Role = Carry | Layer | Join | Barrier
 
-_UNARY = frozenset(
-    (
-        "Relu LeakyRelu Clip Sigmoid HardSigmoid HardSwish Tanh Elu Selu Celu Softplus Softsign "
-        "Mish Gelu Swish Erf Abs Neg Exp Log Sqrt Reciprocal Floor Ceil Round Sign "
-        "ThresholdedRelu Sin Cos Identity Dropout "
-    ).split()
-)
+_UNARY_NAMES = """
+    Relu LeakyRelu Clip Sigmoid HardSigmoid HardSwish Tanh Elu Selu Celu Softplus Softsign Mish
+    Gelu Swish Erf Abs Neg Exp Log Sqrt Reciprocal Floor Ceil Round Sign ThresholdedRelu Sin Cos
+    Identity Dropout
+"""
+_UNARY = frozenset(_UNARY_NAMES.split())
 _LINEAR_UNARY = frozenset(("Identity", "Dropout", "Neg"))
 _BROADCAST = frozenset(("Add", "Sub", "Mul", "Div", "Pow", "Min", "Max", "Sum", "Mean", "PRelu"))
 _POOLS = {

@@ -5,7 +5,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from structconv_cli.convert import ConvertResult
+from structconv_cli.conversion import ConvertResult
 from structconv_cli.report.text import big, bytes_text, grouped, sizes, spaced
 from structconv_cli.report.verification import exactness_verdict
 from structconv_cli.verify import VerifyResult

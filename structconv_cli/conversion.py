@@ -1,0 +1,110 @@
+"""What a conversion is asked to do, and what came of it."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from structconv_cli.cost import Cost, dense_cost, structured_cost
+from structconv_cli.data.spec import DataSpec
+from structconv_cli.finetune import FineTuneResult, FineTuneSettings
+from structconv_cli.model.architecture import Architecture
+from structconv_cli.model.inventory import Inventory
+from structconv_cli.onnx.lower import Lowering, LoweringSettings
+from structconv_cli.plan import KeptLayer, Plan
+from structconv_cli.structure import Structure
+
+_SLIMMED = "only the channels that it reads were left to it"
+
+
+@dataclass(frozen=True)
+class ConvertRequest:
+    """What the user asked for.
+
+    Attributes:
+        checkpoint: the user's checkpoint file.
+        architecture: what builds the model that it fits.
+        data: what to tune and judge on.
+        settings: how to fine-tune.
+        n, channels: the rule for all layers (see `planner.rule_plan`), where there is no plan file.
+        plan_file: a plan to obey instead.
+        out: the run folder to write.
+        force: whether an existing run folder is replaced.
+        lowering: how the ONNX forms are chosen.
+        command: the command line's words, for the record.
+    """
+
+    checkpoint: Path
+    architecture: Architecture
+    data: DataSpec
+    settings: FineTuneSettings
+    n: int
+    channels: float
+    plan_file: Path | None
+    out: Path
+    force: bool
+    lowering: LoweringSettings = field(default_factory=LoweringSettings)
+    command: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LayerOutcome:
+    """One layer after conversion.
+
+    Attributes:
+        name: the layer's name.
+        structure: its structure; None if it was kept dense.
+        note: the ONNX form it was lowered to, or why it was kept.
+        before, after: cost for one image, all its runs in one forward pass together; None if the
+            model never runs it.
+    """
+
+    name: str
+    structure: Structure | None
+    note: str
+    before: Cost | None
+    after: Cost | None
+
+
+@dataclass(frozen=True)
+class ConvertResult:
+    """What `convert` did.
+
+    Attributes:
+        layers: every convolution and linear layer.
+        before, after: cost of these layers together, for one image.
+        finetune: accuracy stage by stage.
+        original_bytes, structured_bytes: sizes of the two ONNX files.
+        seconds: duration of the whole conversion, verification included.
+        notes: what the user should know, one sentence each.
+    """
+
+    layers: tuple[LayerOutcome, ...]
+    before: Cost
+    after: Cost
+    finetune: FineTuneResult
+    original_bytes: int
+    structured_bytes: int
+    seconds: float
+    notes: tuple[str, ...]
+
+
+def layer_outcomes(
+    inventory: Inventory, plan: Plan, lowering: Lowering
+) -> tuple[LayerOutcome, ...]:
+    """What became of every layer of a plan, in the plan's order."""
+    traced = {layer.spec.name: layer for layer in inventory.layers}
+    forms = {entry.name: entry.form for entry in lowering.layers}
+    reasons = {entry.name: entry.reason for entry in lowering.dense}
+    outcomes = []
+    for entry in plan.layers:
+        layer = traced.get(entry.name)
+        before = after = None
+        if layer is not None:
+            before = after = dense_cost(layer.spec, layer.output_size, layer.calls)
+            if entry.name in forms and not isinstance(entry, KeptLayer):
+                after = structured_cost(layer.spec, entry.structure, layer.output_size, layer.calls)
+        if isinstance(entry, KeptLayer):
+            outcomes.append(LayerOutcome(entry.name, None, entry.reason, before, after))
+        else:
+            note = forms.get(entry.name) or f"dense ({reasons.get(entry.name, _SLIMMED)})"
+            outcomes.append(LayerOutcome(entry.name, entry.structure, note, before, after))
+    return tuple(outcomes)
