@@ -13,6 +13,7 @@ from structconv_cli import __version__
 from structconv_cli.commands.benchmark import benchmark
 from structconv_cli.commands.convert import convert
 from structconv_cli.commands.failures import INTERRUPTED
+from structconv_cli.commands.inspect import inspect
 from structconv_cli.commands.lower import lower
 from structconv_cli.commands.verify import verify
 
@@ -28,6 +29,7 @@ app.command(
     epilog="Example: structconv convert sample_models/resnet20_digits.pt "
     "--arch sample_models/resnet_cifar.py:resnet20 --arch-arg in_channels=1 --data digits"
 )(convert)
+app.command(epilog="Example: structconv inspect model.onnx")(inspect)
 app.command(epilog="Example: structconv lower model.onnx -o lowered.onnx --threads 2")(lower)
 app.command(epilog="Example: structconv verify structconv-run")(verify)
 app.command(epilog="Example: structconv benchmark structconv-run --threads 2 --batch-size 8")(

@@ -4,8 +4,6 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import onnx
-
 from structconv_cli.errors import OnnxError
 from structconv_cli.exactness import Check
 from structconv_cli.graph_check import LoweredGraph, check_graph
@@ -14,7 +12,7 @@ from structconv_cli.onnx.file import load_onnx, save_onnx
 from structconv_cli.onnx.graph import Graph
 from structconv_cli.onnx.lower import DEFAULT_FORM, MEASURE, Lowering, LoweringSettings, lower
 from structconv_cli.onnx.lowerable import check_lowerable
-from structconv_cli.onnx.probe import session
+from structconv_cli.onnx.probe import why_not_loaded
 from structconv_cli.onnx.structured_node import structured_nodes
 from structconv_cli.plan import read_plan
 from structconv_cli.progress import SILENT, Observer
@@ -84,7 +82,7 @@ def lower_file(
         structures = read_plan(plan_file).structures if plan_file else None
         feeds = example_inputs(model, settings.target.batch_size, shapes or {})
         how = settings.how(feeds)
-        obstacle = _cannot_run(model)
+        obstacle = why_not_loaded(model)
         if obstacle:
             how = DEFAULT_FORM if settings.forms == MEASURE else how
             notes = (*notes, f"{obstacle} Nothing was timed; every node was checked by itself.")
@@ -121,12 +119,3 @@ def _check_output_path(out: Path) -> None:
         raise OnnxError(f"{out} is a folder; expected the name of a file to write.")
     if not out.parent.is_dir():
         raise OnnxError(f"the folder {out.parent} of the output {out} does not exist. Make it.")
-
-
-def _cannot_run(model: onnx.ModelProto) -> str:
-    """Why ONNX Runtime cannot load a model (operators of its own); empty if it can."""
-    try:
-        session(model)
-    except OnnxError as error:
-        return str(error)
-    return ""

@@ -1,4 +1,4 @@
-"""The options of `structconv convert`: their types, limits and help."""
+"""Arguments and options that commands share: their types, limits and help."""
 
 from pathlib import Path
 from typing import Annotated
@@ -134,3 +134,18 @@ Run = Annotated[
     Path, typer.Argument(help="Run folder that `structconv convert` wrote.", show_default=True)
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and no tables.")]
+Model = Annotated[Path, typer.Argument(help="An .onnx file, or trained weights (with --arch).")]
+OptionalArch = Annotated[
+    str | None,
+    typer.Option(
+        help="FILE.py:FACTORY, the function that builds the model of a checkpoint. It is run."
+    ),
+]
+InputShape = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="SHAPE",
+        help="Sizes of an input with open axes: NAME=1x3x224x224; the name may be left out for a "
+        "checkpoint.",
+    ),
+]

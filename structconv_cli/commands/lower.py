@@ -22,10 +22,7 @@ def lower(
     device: options.Device = "cpu",
     threads: options.Threads = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per run to be fast for.")] = 1,
-    input_shape: Annotated[
-        list[str] | None,
-        typer.Option(help="Sizes of an input with open axes: NAME=1x3x224x224.", metavar="SHAPE"),
-    ] = None,
+    input_shape: options.InputShape = None,
     timings: options.Timings = None,
     json: options.Json = False,
 ) -> None:
@@ -36,6 +33,7 @@ def lower(
     is written.
     """
     with failures(written=f"nothing was written to {output}"):
+        from structconv_cli.commands.shapes import parse_shapes
         from structconv_cli.json_file import to_json
         from structconv_cli.lowering import lower_file
         from structconv_cli.onnx.lower import LoweringSettings
@@ -50,7 +48,7 @@ def lower(
             output,
             LoweringSettings(forms, target, timings or default_path()),
             plan_file=plan,
-            shapes=_shapes(input_shape or []),
+            shapes=parse_shapes(input_shape or []),
             observer=observer_for(Console(stderr=True)),
         )
         if json:
@@ -59,16 +57,3 @@ def lower(
             Console().print(lower_report(result))
     if result.written is None:
         raise typer.Exit(CHECK_FAILED)
-
-
-def _shapes(texts: list[str]) -> dict[str, tuple[int, ...]]:
-    shapes = {}
-    for text in texts:
-        name, _, sizes = text.rpartition("=")
-        try:
-            shapes[name] = tuple(int(size) for size in sizes.split("x"))
-        except ValueError:
-            shapes[name] = (0,)
-        if not name or min(shapes[name]) < 1:
-            raise typer.BadParameter(f"--input-shape takes NAME=1x3x224x224; found {text!r}.")
-    return shapes

@@ -1,4 +1,4 @@
-"""Noise of the right shapes for a model's inputs."""
+"""The sizes of a model's inputs, and noise to fill them."""
 
 from collections.abc import Mapping
 
@@ -77,3 +77,17 @@ def _sizes(
         if size is None and given is not None:
             sizes[axis] = given[axis]
     return tuple(size for size in sizes if size is not None)
+
+
+def with_sizes(
+    model: onnx.ModelProto, feeds: Mapping[str, npt.NDArray[np.generic]]
+) -> onnx.ModelProto:
+    """A copy of a model whose inputs have the sizes of these arrays."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for value in copy.graph.input:
+        if value.name in feeds:
+            dims = value.type.tensor_type.shape.dim
+            for dim, size in zip(dims, feeds[value.name].shape, strict=True):
+                dim.dim_value = size
+    return copy

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import onnx
 
 from structconv_cli.onnx.alternatives import Alternatives, Choice
+from structconv_cli.onnx.example_inputs import with_sizes
 from structconv_cli.onnx.graph import Graph, Shape
 from structconv_cli.onnx.rebuild import Rebuilt, rebuild
 from structconv_cli.onnx.target import Target
@@ -68,7 +69,7 @@ class Measure:
     @cached_property
     def _dense(self) -> Graph:
         """The dense graph with its inputs at the real sizes."""
-        return Graph(self._fixed(self.alternatives.spaces.graph.model))
+        return Graph(with_sizes(self.alternatives.spaces.graph.model, self.feeds))
 
     def rebuild(self, choice: Choice) -> Rebuilt:
         """The graph written as a choice has it."""
@@ -111,20 +112,9 @@ class Measure:
         with tempfile.TemporaryDirectory() as folder:
             files = {name: Path(folder) / f"{name}.onnx" for name in models}
             for name, model in models.items():
-                files[name].write_bytes(self._fixed(model).SerializeToString())
+                files[name].write_bytes(with_sizes(model, self.feeds).SerializeToString())
             result = benchmark(files, settings)
         return {timing.name: float(np.median(timing.round_ms)) for timing in result.models}
-
-    def _fixed(self, model: onnx.ModelProto) -> onnx.ModelProto:
-        """The model with its inputs at the real sizes."""
-        copy = onnx.ModelProto()
-        copy.CopyFrom(model)
-        for value in copy.graph.input:
-            if value.name in self.feeds:
-                sizes = self.feeds[value.name].shape
-                for dim, size in zip(value.type.tensor_type.shape.dim, sizes, strict=True):
-                    dim.dim_value = size
-        return copy
 
     def _profile(self, model: onnx.ModelProto) -> tuple[NodeTime, ...]:
         data = model.SerializeToString()

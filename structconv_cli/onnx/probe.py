@@ -32,6 +32,15 @@ def session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
         )
 
 
+def why_not_loaded(model: onnx.ModelProto) -> str:
+    """Why ONNX Runtime cannot load a model (operators of its own); empty if it can."""
+    try:
+        session(model)
+    except OnnxError as error:
+        return str(error)
+    return ""
+
+
 def run(runtime: onnxruntime.InferenceSession, feed: Array) -> list[Array]:
     """Run a session of one input; all its outputs.
 

@@ -1,0 +1,51 @@
+"""`structconv inspect`."""
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from structconv_cli import options
+from structconv_cli.commands.failures import failures
+
+
+def inspect(
+    model: options.Model,
+    arch: options.OptionalArch = None,
+    arch_arg: options.ArchArg = None,
+    input_shape: options.InputShape = None,
+    device: options.Device = "cpu",
+    threads: options.Threads = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per run.")] = 1,
+    timings: options.Timings = None,
+    json: options.Json = False,
+) -> None:
+    """List a model's layers, their shapes and costs, and each one's share of the time.
+
+    Needs no data. Every layer is timed inside the whole model by ONNX Runtime's profiler.
+    """
+    with failures():
+        from structconv_cli.commands.shapes import parse_shapes
+        from structconv_cli.inspection import inspect_graph
+        from structconv_cli.json_file import to_json
+        from structconv_cli.model.architecture import Architecture, parse_arguments
+        from structconv_cli.model_graph import load_graph
+        from structconv_cli.onnx.example_inputs import example_inputs
+        from structconv_cli.onnx.export import INPUT
+        from structconv_cli.onnx.target import Target
+        from structconv_cli.onnx.timing_cache import default_path
+        from structconv_cli.report.inspection import inspect_report
+        from structconv_cli.terminal import observer_for
+
+        observer = observer_for(Console(stderr=True))
+        target = Target(device, threads, batch_size)
+        architecture = Architecture(arch, parse_arguments(arch_arg or [])) if arch else None
+        shapes = parse_shapes(input_shape or [], only=INPUT)
+        with observer.stage("model"):
+            graph, notes = load_graph(model, architecture, shapes)
+            feeds = example_inputs(graph, batch_size, shapes)
+        result = inspect_graph(graph, target, feeds, timings or default_path(), observer)
+        if json:
+            typer.echo(to_json(result), nl=False)
+        else:
+            Console().print(inspect_report(result, notes))

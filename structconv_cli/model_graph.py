@@ -1,0 +1,53 @@
+"""The ONNX graph of what the user names: an ONNX file, or a checkpoint and its architecture."""
+
+from pathlib import Path
+
+import onnx
+import torch
+
+from structconv_cli.errors import ArchitectureError
+from structconv_cli.model.architecture import Architecture, build_model
+from structconv_cli.model.checkpoint import load_checkpoint, load_into
+from structconv_cli.onnx.example_inputs import Shapes
+from structconv_cli.onnx.export import INPUT, export_onnx
+from structconv_cli.onnx.file import load_onnx
+from structconv_cli.onnx.lowerable import check_lowerable
+
+_TRACE_BATCH = 2
+
+
+def load_graph(
+    path: Path, architecture: Architecture | None, shapes: Shapes
+) -> tuple[onnx.ModelProto, tuple[str, ...]]:
+    """Read a model as an ONNX graph.
+
+    Args:
+        path: an .onnx file, or a checkpoint.
+        architecture: what builds the model that the checkpoint fits; not used for an ONNX file.
+        shapes: sizes of the inputs; a checkpoint needs those of its one input, "input".
+
+    Returns:
+        The graph, and one sentence on each part of it that structconv leaves alone.
+
+    Raises:
+        StructconvError: the file cannot be read; a checkpoint comes without architecture or input
+            size; the model cannot be exported.
+    """
+    if path.suffix == ".onnx":
+        model = load_onnx(path)
+        return model, check_lowerable(model)
+    if architecture is None:
+        raise ArchitectureError(
+            f"{path} is no .onnx file, and a checkpoint holds weights only: name what builds the "
+            "model with --arch FILE.py:FACTORY."
+        )
+    if INPUT not in shapes:
+        raise ArchitectureError(
+            "a checkpoint does not say how large its images are. Give the size of one batch, such "
+            "as --input-shape 1x3x224x224."
+        )
+    checkpoint = load_checkpoint(path)
+    built = build_model(architecture)
+    load_into(built, checkpoint)
+    example = torch.randn(_TRACE_BATCH, *shapes[INPUT][1:])
+    return export_onnx(built.float().eval(), example), ()
