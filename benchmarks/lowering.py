@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from structconv_cli.errors import StructconvError
-from structconv_cli.json_file import write_json
+from structconv_cli.json_file import read_json, write_json
 from structconv_cli.timing.benchmark import BenchmarkSettings, benchmark
 from structconv_cli.timing.environment import Environment
 from structconv_cli.timing.speedup import FASTER, SLOWER, Speedup
@@ -436,6 +436,9 @@ def parse() -> argparse.Namespace:
     add("--work", type=Path, default=WORK, help=f"folder of dense files (default: {WORK})")
     add("--json", type=Path, metavar="FILE", help="write all results, after every row")
     add("--plot", type=Path, metavar="FILE", help="draw speed-ups beside MAC ratios (PNG)")
+    add("--markdown", type=Path, metavar="FILE", help="write the table as Markdown")
+    add("--read", nargs="+", type=Path, default=[], metavar="FILE",
+        help="measure nothing: show what --json wrote, several files together")  # fmt: skip
     return parser.parse_args()
 
 
@@ -443,6 +446,13 @@ def main() -> int:
     options = parse()
     console = Console()
     structure = "general" if options.general else "balanced"
+    if options.read:
+        found = [read_json(file, Results) for file in options.read]
+        rows, failures = [row for each in found for row in each.rows], dict[str, str]()
+        for each in found:
+            failures |= each.failures
+        show(Results(found[0].structure, found[0].rounds, rows, failures), options, console)
+        return 1 if failures else 0
     results = Results(structure, options.rounds, [], {})
     for threads, batch_size, model in product(options.threads, options.batch_size, options.models):
         setting = Setting(model, threads, batch_size)
@@ -458,12 +468,39 @@ def main() -> int:
                 console.print(one_line(row, lowered), markup=False, highlight=False)
         if options.json:
             write_json(results, options.json)
-    for forms in options.forms if results.rows else ():
+    if results.rows:
+        show(results, options, console)
+    return 1 if results.failures else 0
+
+
+def show(results: Results, options: argparse.Namespace, console: Console) -> None:
+    """Tables to the terminal, and the files asked for."""
+    for forms in [lowered.forms for lowered in results.rows[0].lowered]:
         console.print("", operator_table(results.rows, forms), "")
         console.print(speed_table(results.rows, forms))
-    if options.plot and results.rows:
+    if options.plot:
         plot(results, options.plot)
-    return 1 if results.failures else 0
+    if options.markdown:
+        options.markdown.write_text(markdown(results))
+
+
+def markdown(results: Results) -> str:
+    """The table of speed-ups, one line for every model, setting and form."""
+    lines = [
+        "| model | threads | batch | dense ms | lowered ms | speed-up (95 % interval) | MAC ratio "
+        "| share |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in results.rows:
+        setting = row.setting
+        for lowered in row.lowered:
+            gain = lowered.speedup
+            title = row.title if len(row.lowered) == 1 else f"{row.title} ({lowered.forms})"
+            cells = [title, setting.threads, setting.batch_size, f"{row.dense_ms:.1f}"]
+            cells += [f"{lowered.ms:.1f}", f"{gain.median:.2f} ({gain.low:.2f} to {gain.high:.2f})"]
+            cells += [f"{row.mac_ratio:.2f}", f"{lowered.share:.2f}"]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

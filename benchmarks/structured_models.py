@@ -69,7 +69,7 @@ RECIPES = {
     "hrnet_w18_small": Recipe("HRNet-W18-small", "timm", "hrnet_w18_small"),
     "regnet_y_1_6gf": Recipe("RegNetY-1.6GF", "torchvision", "regnet_y_1_6gf"),
     "vgg16": Recipe("VGG-16", "torchvision", "vgg16"),
-    "vgg16-linear": Recipe("VGG-16, linear layers too", "torchvision", "vgg16", linear=True),
+    "vgg16-linear": Recipe("VGG-16, FC too", "torchvision", "vgg16", linear=True),
 }
 """The models of the table, by the names of their files."""
 

@@ -6,6 +6,7 @@ so what was timed in one model is known in another.
 """
 
 import hashlib
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -45,6 +46,10 @@ class Variant:
     choice: Choice
     rebuilt: Rebuilt
     ms: Mapping[str, float]
+
+
+_FUSED = re.compile(r"^fused |_nchwc$|/\w+Fusion/?$")
+"""What ONNX Runtime's optimisers add to the names of nodes."""
 
 
 class Measure:
@@ -176,15 +181,15 @@ def _sizes(shape: Shape | None) -> str:
 def _by_owner(rebuilt: Rebuilt, times: tuple[NodeTime, ...]) -> dict[str, float]:
     """Times summed by the dense node for which the timed nodes were emitted.
 
-    ONNX Runtime names a fused node after its last output; the time is the convolution's. Layout
-    changes have no name of their own: they are counted to the node that runs next.
+    ONNX Runtime names a fused convolution after its last output; the time is the convolution's.
+    Layout changes have no name of their own: they are counted to the node that runs next.
     """
     producers = {name: node for node in rebuilt.model.graph.node for name in node.output}
     named = {node.name: node for node in rebuilt.model.graph.node if node.name}
     sums: dict[str, float] = {}
     waiting = 0.0
     for entry in times:
-        name = entry.name.removesuffix("_nchwc")
+        name = _FUSED.sub("", entry.name)
         node = producers.get(name) or named.get(name)
         if node is None:
             waiting += entry.ms

@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from structconv_cli.json_file import write_json
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
