@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from onnx import helper, numpy_helper
 from test_lower_command import IMAGE, conv, network, outputs_of, value
 from test_onnx_lower import U
 
@@ -374,3 +375,49 @@ def test_what_cannot_be_carried_in_parts_has_a_reason() -> None:
     direct.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 8
     (first, _) = possible(direct).layers.values()
     assert "input of the model" in possible(direct).obstacle(first)
+
+
+# Whose time it is ---------------------------------------------------------------------------
+
+
+def fused(kind: str) -> tuple[onnx.ModelProto, str]:
+    """A model in which ONNX Runtime fuses a node into another, and the output of what remains."""
+    rng = np.random.default_rng(0)
+    wide = {"a.weight": (512, 512), "b.weight": (512, 512)}
+    if kind == "SiLU":
+        wide = {"a.weight": (16, 3, 3, 3), "b.weight": (16, 16, 3, 3)}
+    weights = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in wide.items()}
+    layer = {"Relu": "Gemm", "SiLU": "Conv"}[kind]
+    attributes = {"transB": 1} if layer == "Gemm" else {"pads": [1, 1, 1, 1]}
+    middle = [helper.make_node("Relu", ["a"], ["m"], "n_m")]
+    if kind == "SiLU":
+        middle = [
+            helper.make_node("Sigmoid", ["a"], ["s"], "n_s"),
+            helper.make_node("Mul", ["a", "s"], ["m"], "n_m"),
+        ]
+    nodes = [
+        helper.make_node(layer, ["x", "a.weight"], ["a"], "n_a", **attributes),
+        *middle,
+        helper.make_node(layer, ["m", "b.weight"], ["b"], "n_b", **attributes),
+    ]
+    shapes = {"Relu": ((4, 512), (4, 512)), "SiLU": ((1, 3, 64, 64), (1, 16, 64, 64))}[kind]
+    graph = helper.make_graph(
+        nodes,
+        "net",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, shapes[0])],
+        [helper.make_tensor_value_info("b", onnx.TensorProto.FLOAT, shapes[1])],
+        [numpy_helper.from_array(array, name) for name, array in weights.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return model, {"Relu": "a", "SiLU": "m"}[kind]
+
+
+@pytest.mark.parametrize("kind", ["Relu", "SiLU"])
+def test_a_fused_node_counts_for_what_it_was_fused_into(kind: str) -> None:
+    model, output = fused(kind)
+    shape = [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim]
+    feeds = {"x": np.ones(shape, np.float32)}
+    measure = measuring.Measure(possible(model), Target(), feeds, TimingCache(None, "here"))
+    ms = measure.in_place(Choice({}, {})).ms
+    assert ms[output] > 0
+    assert ms["b"] > 0
