@@ -22,7 +22,7 @@ import torch
 from structconv_cli.claims import Claims
 from structconv_cli.errors import OnnxError
 from structconv_cli.exactness import Check, compare
-from structconv_cli.onnx.channels import Carried, carried_matrix
+from structconv_cli.onnx.channels import Carried, combined, spread
 from structconv_cli.onnx.impulse import impulse_response
 from structconv_cli.onnx.nodes import ConvAttributes
 from structconv_cli.onnx.probe import dense_kernel, extract, run_fed, session
@@ -98,16 +98,20 @@ class LayerNode:
             return 1
         return ConvAttributes.of(self.node, self.weight.shape[2:]).group
 
-    @cached_property
-    def rows(self) -> Floats:
-        """T_y, (rows, C_out)."""
-        return carried_matrix(self.targets, len(self.weight))
+    def rows(self, array: Array, *, absolute: bool = False) -> Floats:
+        """T_y applied to the first axis, that of the outputs."""
+        return combined(self.targets, array, absolute=absolute)
 
-    @cached_property
-    def columns(self) -> Floats:
-        """T_x, (columns, C); of a grouped layer, one for the channels of a group."""
-        width = self.weight.shape[1]
-        return np.eye(width) if self.groups > 1 else carried_matrix(self.sources, width)
+    def columns(self, kernel: Array, *, absolute: bool = False) -> Floats:
+        """M T_x of a kernel M; of a grouped layer, M, which is of the channels of one group."""
+        if self.groups > 1:
+            return np.asarray(kernel, np.float64)
+        return spread(self.sources, kernel, self.weight.shape[1], absolute=absolute)
+
+    @property
+    def outputs(self) -> int:
+        """Channels that stand for its output."""
+        return sum(channels.size for _, channels in self.targets)
 
     @cached_property
     def bound(self) -> Floats | None:
@@ -142,8 +146,8 @@ def check_kernel(claims: Claims, layer: LayerNode, shapes: Sequence[Shape]) -> C
         layer.targets,
         layer.rank if layer.node.op_type == "MatMul" else 2,
     )
-    if len(response) != len(layer.rows):
-        raise OnnxError(f"{len(response)} channels stand for its output, not {len(layer.rows)}.")
+    if len(response) != layer.outputs:
+        raise OnnxError(f"{len(response)} channels stand for its output, not {layer.outputs}.")
     check = _compare_kernels(layer, response, offset)
     return _run(claims, layer, response, shapes, check) if check.passed else check
 
@@ -152,24 +156,22 @@ def _compare_kernels(
     layer: LayerNode, response: npt.NDArray[np.float32], offset: npt.NDArray[np.float32]
 ) -> Check:
     """Compare the measured kernel and bias to the dense ones."""
-    weight, bias, rows = layer.weight, layer.bias, layer.rows
-    measured = np.moveaxis(_behind(response) @ layer.columns, -1, 1)
-    expected = _combine(rows, weight)
+    weight, bias = layer.weight, layer.bias
+    measured = layer.columns(response)
+    expected = layer.rows(weight)
     allowed = np.zeros_like(expected)
-    magnitude = _combine(np.abs(rows), np.abs(weight))
+    magnitude = layer.rows(np.abs(weight), absolute=True)
     if layer.bound is not None:
-        allowed += _combine(np.abs(rows), layer.bound)
+        allowed += layer.rows(layer.bound, absolute=True)
     if not (_selects(layer.sources) and _selects(layer.targets)):
-        read = np.moveaxis(_behind(np.abs(response)) @ np.abs(layer.columns), -1, 1)
-        allowed += 4 * _U * (read + magnitude)
+        allowed += 4 * _U * (layer.columns(np.abs(response), absolute=True) + magnitude)
+    added = layer.rows(np.abs(bias), absolute=True)
     if bias.any():
         # Each weight was read off an output that had the bias added to it.
-        added = (np.abs(rows) @ np.abs(bias)).reshape(-1, *[1] * (weight.ndim - 1))
-        allowed += 4 * _U * (magnitude + added)
+        allowed += 4 * _U * (magnitude + added.reshape(-1, *[1] * (weight.ndim - 1)))
     check = compare(layer.name, KERNEL, _tensor(measured - expected), _tensor(allowed), _WHAT)
     slack = 0.0 if _selects(layer.targets) else 2 * _U
-    off = np.abs(offset - rows @ bias)
-    if check.passed and not np.all(off <= slack * (np.abs(rows) @ np.abs(bias))):
+    if check.passed and not np.all(np.abs(offset - layer.rows(bias)) <= slack * added):
         return replace(check, passed=False, detail="the bias differs")
     return check
 
@@ -242,16 +244,19 @@ def _output_bound(layer: LayerNode, response: npt.NDArray[np.float32]) -> tuple[
     Returns:
         What grows with the input's scale, (rows,), and what does not, (rows,).
     """
-    weight, rows = layer.weight, np.abs(layer.rows)
+    weight = layer.weight
     dense = np.linalg.norm(weight.reshape(len(weight), -1).astype(np.float64), axis=1)
-    read = _behind(response) * np.linalg.norm(layer.columns, axis=1)
-    norms = rows @ dense + np.linalg.norm(read.reshape(len(read), -1), axis=1)
-    stored = np.zeros(len(rows))
+    scales = np.concatenate([channels.norms for _, channels in layer.sources])
+    by_channel = scales if layer.groups == 1 else np.ones(response.shape[1])
+    read = response * by_channel.reshape(-1, *[1] * (response.ndim - 2))
+    norms = layer.rows(dense, absolute=True) + np.linalg.norm(read.reshape(len(read), -1), axis=1)
+    stored = np.zeros(layer.outputs)
     if layer.structure is not None and layer.bound is not None:
-        norms += rows @ _form_norms(weight, layer.structure)
-        stored = rows @ np.linalg.norm(layer.bound.reshape(len(weight), -1), axis=1)
+        norms += layer.rows(_form_norms(weight, layer.structure), absolute=True)
+        by_filter = np.linalg.norm(layer.bound.reshape(len(weight), -1), axis=1)
+        stored = layer.rows(by_filter, absolute=True)
     growth = SAFETY * _U * prod(weight.shape[1:]) ** 0.5 + 4 * _U
-    constant = growth * (rows @ np.abs(layer.bias).astype(np.float64))
+    constant = growth * layer.rows(np.abs(layer.bias), absolute=True)
     return _LARGEST * SAFETY * (growth * norms + stored), constant
 
 
@@ -282,16 +287,6 @@ def _whole_groups(carried: Carried, width: int) -> bool:
         if (groups[:, :1] % width).any() or (np.diff(groups, axis=1) != 1).any():
             return False
     return True
-
-
-def _behind(kernel: Array) -> Floats:
-    """A kernel with its channels behind all other axes."""
-    return np.moveaxis(np.asarray(kernel, np.float64), 1, -1)
-
-
-def _combine(rows: Floats, weight: Array) -> Floats:
-    flat = rows @ weight.reshape(len(weight), -1).astype(np.float64)
-    return flat.reshape(len(rows), *weight.shape[1:])
 
 
 def _tensor(array: Array) -> torch.Tensor:

@@ -9,11 +9,9 @@ from structconv_cli.exactness import Check
 from structconv_cli.graph_check import LoweredGraph, check_graph
 from structconv_cli.onnx.example_inputs import Shapes, example_inputs
 from structconv_cli.onnx.file import load_onnx, save_onnx
-from structconv_cli.onnx.graph import Graph
 from structconv_cli.onnx.lower import DEFAULT_FORM, MEASURE, Lowering, LoweringSettings, lower
 from structconv_cli.onnx.lowerable import check_lowerable
 from structconv_cli.onnx.probe import why_not_loaded
-from structconv_cli.onnx.structured_node import structured_nodes
 from structconv_cli.plan import read_plan
 from structconv_cli.progress import SILENT, Observer
 from structconv_cli.whole_check import check_whole
@@ -93,11 +91,10 @@ def lower_file(
     written = None
     if lowering.layers or lowering.removed:
         with observer.stage("exactness"):
-            layers = structured_nodes(Graph(model), structures)[0]
-            found = {layer.name: layer.structure for layer in layers.values()}
+            found = lowering.structures
             pair = LoweredGraph(model, lowered, lowering.carried, found)
             traced = example_inputs(model, 2, shapes or {})
-            whole = () if obstacle else check_whole(model, lowered, layers, shapes or {})
+            whole = () if obstacle else check_whole(model, lowered, found, shapes or {})
             checks = (*check_graph(pair, traced, observer), *whole)
         if all(check.passed for check in checks):
             save_onnx(lowered, out)

@@ -14,7 +14,9 @@ m_r members and sum S_r in class r, the nearest such vector shifts every member 
 and no factorisation.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 import torch
@@ -22,6 +24,12 @@ from torch.nn.functional import pad
 
 from structconv_cli.errors import StructureError
 from structconv_cli.sum_pool import box_sum
+
+AxisMap = Callable[[torch.Tensor, int, int], torch.Tensor]
+"""Maps one axis of a weight, given the axis and its reduced size."""
+
+_SMALL_KERNEL = 64
+"""Positions up to which a kernel's axes are mapped by one matrix product: their loops are short."""
 
 
 @dataclass(frozen=True)
@@ -72,16 +80,11 @@ class Structure:
     def project(self, weight: torch.Tensor) -> torch.Tensor:
         """Orthogonal projection of `weight` (C_out, *dense) onto the subspace; differentiable."""
         self._check(weight, self.dense)
-        for axis, small in enumerate(self.reduced, start=1):
-            weight = project_axis(weight, axis, small)
-        return weight
+        return self._each_axis(weight, project_axis, self.dense)
 
     def coefficients(self, weight: torch.Tensor) -> torch.Tensor:
         """Least-squares coefficients A^+ W of shape (C_out, *reduced)."""
-        weight = self.project(weight)
-        for axis, small in enumerate(self.reduced, start=1):
-            weight = _coefficients_axis(weight, axis, small)
-        return weight
+        return self._each_axis(self.project(weight), _coefficients_axis, self.reduced)
 
     def expand(self, coefficients: torch.Tensor) -> torch.Tensor:
         """The dense weight A a of shape (C_out, *dense) that these coefficients stand for."""
@@ -89,6 +92,21 @@ class Structure:
         for axis, window in enumerate(self.windows, start=1):
             coefficients = _expand_axis(coefficients, axis, window)
         return coefficients
+
+    def _each_axis(
+        self, weight: torch.Tensor, apply: AxisMap, sizes: tuple[int, ...]
+    ) -> torch.Tensor:
+        """Apply a linear map to every axis; to the axes of a small kernel as one matrix."""
+        kernel = self.dense[1:]
+        weight = apply(weight, 1, self.reduced[0])
+        if self.windows[1:] == (1,) * len(kernel):
+            return weight
+        if prod(kernel) > _SMALL_KERNEL:
+            for axis, small in enumerate(self.reduced[1:], start=2):
+                weight = apply(weight, axis, small)
+            return weight
+        matrix = _kernel_matrix(apply, kernel, self.reduced[1:]).to(weight)
+        return (weight.flatten(2) @ matrix).reshape(*weight.shape[:2], *sizes[1:])
 
     def residual(self, weight: torch.Tensor) -> float:
         """Relative distance to the subspace, ||W - P W||_F / ||W||_F, in float64; 0 for W = 0."""
@@ -113,6 +131,17 @@ class Structure:
             )
 
 
+@lru_cache(maxsize=256)
+def _kernel_matrix(
+    apply: AxisMap, kernel: tuple[int, ...], reduced: tuple[int, ...]
+) -> torch.Tensor:
+    """What a map does to all axes of a kernel, as a matrix to multiply with from the right."""
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    for size, small in zip(kernel, reduced, strict=True):
+        matrix = torch.kron(matrix, apply(torch.eye(size, dtype=torch.float64), 1, small))
+    return matrix
+
+
 def basis_axis(length: int, reduced: int) -> torch.Tensor:
     """The (length, reduced) matrix whose column m has ones at rows m .. m + length - reduced."""
     rows = torch.arange(length).unsqueeze(1)
@@ -126,14 +155,15 @@ def project_axis(weight: torch.Tensor, axis: int, reduced: int) -> torch.Tensor:
     window = length - reduced + 1
     if window == 1:
         return weight
-    classes = _residue_classes(weight.movedim(axis, -1), window)
-    rows = classes.shape[-2]
+    classes = _residue_classes(weight, axis, window)
+    rows = classes.shape[axis]
     members = torch.full((window,), float(rows), dtype=weight.dtype, device=weight.device)
     members[length - (rows - 1) * window :] -= 1
-    sums = classes.sum(-2)
-    common = (sums / members).sum(-1, keepdim=True) / (1 / members).sum()
-    shifted = classes + ((common - sums) / members).unsqueeze(-2)
-    return shifted.flatten(-2)[..., :length].movedim(-1, axis)
+    members = members.reshape(-1, *[1] * (weight.ndim - 1 - axis))
+    sums = classes.sum(axis)
+    common = (sums / members).sum(axis, keepdim=True) / (1 / members).sum()
+    shifted = classes + ((common - sums) / members).unsqueeze(axis)
+    return shifted.flatten(axis, axis + 1).narrow(axis, 0, length)
 
 
 def _coefficients_axis(weight: torch.Tensor, axis: int, reduced: int) -> torch.Tensor:
@@ -141,21 +171,26 @@ def _coefficients_axis(weight: torch.Tensor, axis: int, reduced: int) -> torch.T
     window = weight.shape[axis] - reduced + 1
     if window == 1:
         return weight
-    head = weight.movedim(axis, -1)[..., :reduced]
-    steps = torch.diff(head, dim=-1, prepend=torch.zeros_like(head[..., :1]))
-    solved = _residue_classes(steps, window).cumsum(-2)
-    return solved.flatten(-2)[..., :reduced].movedim(-1, axis)
+    head = weight.narrow(axis, 0, reduced)
+    steps = torch.diff(head, dim=axis, prepend=torch.zeros_like(head.narrow(axis, 0, 1)))
+    solved = _residue_classes(steps, axis, window).cumsum(axis)
+    return solved.flatten(axis, axis + 1).narrow(axis, 0, reduced)
 
 
 def _expand_axis(coefficients: torch.Tensor, axis: int, window: int) -> torch.Tensor:
     if window == 1:
         return coefficients
-    padded = pad(coefficients.movedim(axis, -1), (window - 1, window - 1))
-    return box_sum(padded, -1, window).movedim(-1, axis)
+    padded = _padded(coefficients, axis, window - 1, window - 1)
+    return box_sum(padded, axis, window)
 
 
-def _residue_classes(x: torch.Tensor, window: int) -> torch.Tensor:
-    """Reshape the last axis to (rows, window), zero-filled, so that column r is class r."""
-    rows = -(-x.shape[-1] // window)
-    filled = pad(x, (0, rows * window - x.shape[-1]))
-    return filled.reshape(*x.shape[:-1], rows, window)
+def _residue_classes(x: torch.Tensor, axis: int, window: int) -> torch.Tensor:
+    """Reshape an axis to (rows, window), zero-filled, so that column r is class r."""
+    rows = -(-x.shape[axis] // window)
+    filled = _padded(x, axis, 0, rows * window - x.shape[axis])
+    return filled.reshape(*x.shape[:axis], rows, window, *x.shape[axis + 1 :])
+
+
+def _padded(x: torch.Tensor, axis: int, before: int, after: int) -> torch.Tensor:
+    """Zeros added to both ends of an axis."""
+    return pad(x, (0, 0) * (x.ndim - 1 - axis) + (before, after)) if before or after else x

@@ -12,8 +12,10 @@ import torch
 from structconv_cli.errors import OnnxError
 from structconv_cli.exactness import Check, compare
 from structconv_cli.onnx.example_inputs import Feeds, Shapes, example_inputs
+from structconv_cli.onnx.graph import Graph
+from structconv_cli.onnx.nodes import layer_of
 from structconv_cli.onnx.probe import run_fed, session
-from structconv_cli.onnx.structured_node import StructuredNode
+from structconv_cli.onnx.structured_node import dense_weight
 from structconv_cli.structure import Structure
 from structconv_cli.tolerance import model_tolerance
 
@@ -25,7 +27,7 @@ _WIDER = 32
 def check_whole(
     dense: onnx.ModelProto,
     lowered: onnx.ModelProto,
-    layers: Mapping[str, StructuredNode],
+    structures: Mapping[str, Structure],
     shapes: Shapes,
 ) -> list[Check]:
     """Compare the outputs of two models.
@@ -33,13 +35,13 @@ def check_whole(
     Args:
         dense: the model before lowering.
         lowered: the model after it.
-        layers: the structured layers of the dense model, by the name of their output.
+        structures: structure by layer name.
         shapes: sizes of inputs whose spatial axes are open.
 
     Raises:
         OnnxError: ONNX Runtime cannot load one of the models.
     """
-    tolerance = model_tolerance(_growth(dense, layers))
+    tolerance = model_tolerance(_growth(Graph(dense), structures))
     one, other = session(dense), session(lowered)
     inputs = {_described(feeds): feeds for feeds in _whole_inputs(dense, shapes)}
     checks = []
@@ -91,23 +93,21 @@ def _described(feeds: Feeds) -> str:
     return ", ".join(f"{name} {'x'.join(map(str, x.shape))}" for name, x in feeds.items())
 
 
-def _growth(
-    model: onnx.ModelProto, layers: Mapping[str, StructuredNode]
-) -> list[tuple[int, float]]:
+def _growth(graph: Graph, structures: Mapping[str, Structure]) -> list[tuple[int, float]]:
     """Summands of every Conv, Gemm and MatMul, and how much its structure amplifies rounding."""
-    sizes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
     growth = []
-    for node in model.graph.node:
-        if node.op_type not in ("Conv", "Gemm", "MatMul"):
+    for node in graph.nodes:
+        layer = layer_of(node)
+        if layer is None:
             continue
-        summands = prod(sizes.get(node.input[1], (1, 1))[1:])
+        summands = prod(size or 1 for size in (graph.shape(node.input[1]) or ())[1:])
         factor = 1.0
-        layer = layers.get(node.output[0])
-        if layer is not None:
-            channels, *kernel = layer.structure.dense
-            spatial = Structure((channels, *kernel), (channels, *layer.structure.reduced[1:]))
-            summed = spatial.expand(spatial.coefficients(layer.weight).abs())
-            norm = float(layer.weight.norm()) or 1.0
-            factor = max(1.0, float(summed.norm()) / norm) * math.sqrt(layer.structure.windows[0])
+        structure = structures.get(layer)
+        if structure is not None:
+            weight = dense_weight(graph, node)
+            spatial = Structure(structure.dense, (structure.dense[0], *structure.reduced[1:]))
+            summed = spatial.expand(spatial.coefficients(weight).abs())
+            norm = float(weight.norm()) or 1.0
+            factor = max(1.0, float(summed.norm()) / norm) * math.sqrt(structure.windows[0])
         growth.append((max(summands, 1), factor))
     return growth

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from structconv_cli.onnx.channels import Channels, carried_matrix, concatenated
+from structconv_cli.onnx.channels import Channels, carried_matrix, combined, concatenated, spread
 from structconv_cli.onnx.spaces import Need
 
 COUNT = 12
@@ -123,3 +123,36 @@ def test_what_a_structured_layer_needs_is_all_that_it_reads(
         (a - b) % window == 0
         for a, b in zip(need.difference.indices, need.difference.subtracted, strict=True)
     )
+
+
+@st.composite
+def proper(draw: st.DrawFn) -> Channels:
+    """Combinations that take no channel from itself."""
+    channels = draw(combinations())
+    pairs = [
+        (one, other if one != other else (other + 1) % COUNT)
+        for one, other in zip(channels.indices, channels.subtracted, strict=False)
+    ]
+    if not pairs:
+        return channels
+    found = Channels.of([one for one, _ in pairs], [other for _, other in pairs])
+    return Channels(found.plus, found.minus, channels.total)
+
+
+@given(st.lists(proper(), min_size=1, max_size=3), st.booleans(), st.integers(0, 9))
+def test_spreading_is_the_transpose(parts: list[Channels], absolute: bool, seed: int) -> None:
+    carried = tuple((str(position), channels) for position, channels in enumerate(parts))
+    matrix = carried_matrix(carried, COUNT)
+    matrix = np.abs(matrix) if absolute else matrix
+    rng = np.random.default_rng(seed)
+    kernel = rng.integers(-99, 99, (4, len(matrix), 3)).astype(np.float32)
+    expected = np.einsum("omk,mc->ock", kernel, matrix)
+    assert np.array_equal(spread(carried, kernel, COUNT, absolute=absolute), expected)
+    array = rng.integers(-99, 99, (COUNT, 2)).astype(np.float32)
+    assert np.array_equal(combined(carried, array, absolute=absolute), matrix @ array)
+
+
+@given(proper())
+def test_norms_are_those_of_the_matrix_rows(channels: Channels) -> None:
+    expected = np.linalg.norm(channels.matrix(COUNT), axis=1)
+    np.testing.assert_allclose(channels.norms, expected, rtol=1e-15)

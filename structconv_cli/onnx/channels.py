@@ -5,6 +5,7 @@ hold differences and sums of their channels only. `Channels` says, for one tenso
 graph, what its channels are in terms of the dense tensor's; `Carried` says it for all parts.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -70,16 +71,53 @@ class Channels:
             matrix[-1, list(_expand(self.total))] = 1
         return matrix
 
-    def apply(self, array: npt.NDArray[np.generic], axis: int = 0) -> npt.NDArray[np.float64]:
-        """These combinations of an array's entries along one axis; exact for a selection."""
+    def apply(
+        self, array: npt.NDArray[np.generic], axis: int = 0, *, absolute: bool = False
+    ) -> npt.NDArray[np.float64]:
+        """These combinations of an array's entries along one axis; exact for a selection.
+
+        With `absolute`, all terms are added: what bounds the combinations of magnitudes.
+        """
         values = np.moveaxis(np.asarray(array, np.float64), axis, 0)
         taken = values[list(self.indices)]
         if self.minus:
-            taken = taken - values[list(self.subtracted)]
+            lessened = values[list(self.subtracted)]
+            taken = taken + lessened if absolute else taken - lessened
         if self.total:
             last = values[list(_expand(self.total))].sum(0, keepdims=True)
             taken = np.concatenate([taken, last])
         return np.moveaxis(taken, 0, axis)
+
+    def spread(
+        self,
+        array: npt.NDArray[np.generic],
+        count: int,
+        axis: int = 0,
+        *,
+        absolute: bool = False,
+    ) -> npt.NDArray[np.float64]:
+        """The transpose of `apply`: an array's entries along one axis, given to `count` channels.
+
+        A kernel that reads these combinations reads the dense tensor's channels so.
+        """
+        values = np.moveaxis(np.asarray(array, np.float64), axis, 0)
+        found = np.zeros((count, *values.shape[1:]))
+        for sign, ranges in ((1.0, self.plus), (1.0 if absolute else -1.0, self.minus)):
+            offset = 0
+            for start, stop in ranges:
+                found[start:stop] += sign * values[offset : offset + stop - start]
+                offset += stop - start
+        for start, stop in self.total:
+            found[start:stop] += values[-1]
+        return np.moveaxis(found, 0, axis)
+
+    @property
+    def norms(self) -> npt.NDArray[np.float64]:
+        """Norm of each row of the matrix, (size,)."""
+        found = np.full(self.size, math.sqrt(2) if self.minus else 1.0)
+        if self.total:
+            found[-1] = math.sqrt(len(_expand(self.total)))
+        return found
 
 
 Carried = tuple[tuple[str, Channels], ...]
@@ -89,6 +127,23 @@ Carried = tuple[tuple[str, Channels], ...]
 def carried_matrix(carried: Carried, count: int) -> npt.NDArray[np.float64]:
     """The matrix of all parts together, one above the other."""
     return np.concatenate([channels.matrix(count) for _, channels in carried])
+
+
+def combined(
+    carried: Carried, array: npt.NDArray[np.generic], *, absolute: bool = False
+) -> npt.NDArray[np.float64]:
+    """What all parts together hold of an array's first axis (see `Channels.apply`)."""
+    return np.concatenate([c.apply(array, absolute=absolute) for _, c in carried])
+
+
+def spread(
+    carried: Carried, array: npt.NDArray[np.generic], count: int, *, absolute: bool = False
+) -> npt.NDArray[np.float64]:
+    """An array whose axis 1 is all parts together, given to `count` channels."""
+    edges = np.cumsum([channels.size for _, channels in carried])[:-1]
+    blocks = zip(np.split(array, edges, axis=1), carried, strict=True)
+    found = [c.spread(block, count, 1, absolute=absolute) for block, (_, c) in blocks]
+    return sum(found[1:], found[0])
 
 
 def concatenated(parts: Sequence[Channels]) -> Channels:

@@ -76,6 +76,7 @@ class Lowering:
         carried: the tensors that stand for each dense tensor that is carried in parts.
         removed: channels that nothing reads, by the dense tensor that no longer has them.
         forms: "measure", or the form that was asked for.
+        structures: the structure that each layer of the dense graph has, told or found.
         environment: where the forms were timed; empty if they were not.
         ms: median times (ms) of whole models by alternative; empty if nothing was timed.
         timed, known: how many times were measured, and how many were known from the cache.
@@ -86,6 +87,7 @@ class Lowering:
     carried: Mapping[str, Carried]
     removed: Mapping[str, int]
     forms: str
+    structures: Mapping[str, Structure] = field(default_factory=dict)
     environment: str = ""
     ms: Mapping[str, float] = field(default_factory=dict)
     timed: int = 0
@@ -175,10 +177,11 @@ def lower(
     Raises:
         OnnxError: a layer of `structures` is not in the graph, or its weight is not structured.
     """
-    before = structured_nodes(Graph(model), structures)[0] if structures is not None else {}
+    layers, refused = before, _ = structured_nodes(Graph(model), structures)
     slim, selections = remove_dead_channels(model)
     graph = Graph(slim)
-    layers, refused = structured_nodes(graph, _still(structures, before, graph))
+    if selections:
+        layers, refused = structured_nodes(graph, _still(structures, before, graph))
     grouped = [o for o, layer in layers.items() if layer.need and layer.groups > 1]
     alternatives = Alternatives(Spaces(graph, grouped), layers)
     environment, timed, known = "", 0, 0
@@ -214,6 +217,7 @@ def lower(
         carried=carried_through(selections, rebuilt.carried),
         removed=_removed(Graph(model), selections),
         forms=f"{how.channels}+{how.space}" if isinstance(how, Form) else MEASURE,
+        structures={layer.name: layer.structure for layer in before.values()},
         environment=environment,
         ms=ms,
         timed=timed,
