@@ -184,18 +184,8 @@ def lower(
         layers, refused = structured_nodes(graph, _still(structures, before, graph))
     grouped = [o for o, layer in layers.items() if layer.need and layer.groups > 1]
     alternatives = Alternatives(Spaces(graph, grouped), layers)
-    environment, timed, known = "", 0, 0
-    ms: Mapping[str, float] = {}
-    if isinstance(how, Form):
-        choice = _fixed(alternatives, how)
-    elif not layers:
-        choice = Choice({}, {})
-    else:
-        environment = how.target.environment
-        cache = TimingCache(how.cache, environment)
-        choice, ms = choose(alternatives, how.target, how.feeds, cache, observer)
-        timed, known = cache.measured, cache.hits
-        cache.save()
+    decision = _choose(alternatives, how, observer)
+    choice = decision.choice
     rebuilt = rebuild(alternatives.spaces, choice.parts, layers, choice.forms)
     written = tuple(
         LoweredLayer(layer.name, rebuilt.forms[output], output, _note(alternatives, choice, output))
@@ -205,7 +195,7 @@ def lower(
     left = [
         DenseLayer(
             layer.name,
-            _why_dense(alternatives, choice, output, measured=bool(ms)),
+            _why_dense(alternatives, choice, output, measured=bool(decision.ms)),
             structured=True,
         )
         for output, layer in layers.items()
@@ -218,11 +208,34 @@ def lower(
         removed=_removed(Graph(model), selections),
         forms=f"{how.channels}+{how.space}" if isinstance(how, Form) else MEASURE,
         structures={layer.name: layer.structure for layer in before.values()},
-        environment=environment,
-        ms=ms,
-        timed=timed,
-        known=known,
+        environment=decision.environment,
+        ms=decision.ms,
+        timed=decision.timed,
+        known=decision.known,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Decision:
+    """A choice, and how it was made: fields as in `Lowering`."""
+
+    choice: Choice
+    environment: str = ""
+    ms: Mapping[str, float] = field(default_factory=dict)
+    timed: int = 0
+    known: int = 0
+
+
+def _choose(alternatives: Alternatives, how: Measured | Form, observer: Observer) -> _Decision:
+    if isinstance(how, Form):
+        return _Decision(_fixed(alternatives, how))
+    environment = how.target.environment
+    if not alternatives.layers:
+        return _Decision(Choice({}, {}), environment)
+    cache = TimingCache(how.cache, environment)
+    choice, ms = choose(alternatives, how.target, how.feeds, cache, observer)
+    cache.save()
+    return _Decision(choice, environment, ms, cache.measured, cache.hits)
 
 
 def _still(
