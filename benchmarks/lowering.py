@@ -448,7 +448,9 @@ def main() -> int:
     structure = "general" if options.general else "balanced"
     if options.read:
         found = [read_json(file, Results) for file in options.read]
-        rows, failures = [row for each in found for row in each.rows], dict[str, str]()
+        # A setting measured again takes the place of what was measured before.
+        rows = list({row.setting: row for each in found for row in each.rows}.values())
+        failures = dict[str, str]()
         for each in found:
             failures |= each.failures
         show(Results(found[0].structure, found[0].rounds, rows, failures), options, console)
