@@ -15,9 +15,9 @@ import onnx
 
 from structconv_cli.onnx.alternatives import Alternatives, Choice
 from structconv_cli.onnx.example_inputs import with_sizes
-from structconv_cli.onnx.graph import Graph
+from structconv_cli.onnx.graph import Graph, attributes
 from structconv_cli.onnx.measure import Measure
-from structconv_cli.onnx.nodes import ConvAttributes, is_transposed, layer_of
+from structconv_cli.onnx.nodes import is_transposed, layer_of
 from structconv_cli.onnx.probe import why_not_loaded
 from structconv_cli.onnx.spaces import Spaces
 from structconv_cli.onnx.structured_node import structured_nodes
@@ -156,8 +156,11 @@ def _layer(
     stored = graph.constant(node.input[1])
     assert stored is not None
     shape = stored.shape[::-1] if is_transposed(node) and stored.ndim == 2 else stored.shape
-    kernel = shape[2:] if node.op_type == "Conv" else ()
-    conv = _attributes(node, kernel) if node.op_type == "Conv" else None
+    values = attributes(node)
+    stride = values.get("strides", [1] * (len(shape) - 2)) if node.op_type == "Conv" else []
+    groups = values.get("group", 1)
+    assert isinstance(stride, list)
+    assert isinstance(groups, int)
     sizes = tuple(size or 0 for size in graph.shape(node.output[0]) or ())
     per_image = prod(sizes) // target.batch_size if sizes else 0
     bias = shape[0] if len(node.input) > 2 and node.input[2] else 0
@@ -165,20 +168,11 @@ def _layer(
         name=name,
         operator=node.op_type,
         weight_shape=tuple(shape),
-        groups=conv.group if conv else 1,
-        stride=conv.strides if conv else (),
+        groups=groups,
+        stride=tuple(stride),
         output_shape=sizes,
         macs=per_image * prod(shape[1:]),
         parameters=prod(shape) + bias,
         ms=ms,
         structure=structure,
     )
-
-
-def _attributes(node: onnx.NodeProto, kernel: tuple[int, ...]) -> ConvAttributes:
-    copy = onnx.NodeProto()
-    copy.CopyFrom(node)
-    # How a node pads makes no difference here.
-    for attribute in [a for a in copy.attribute if a.name == "auto_pad"]:
-        copy.attribute.remove(attribute)
-    return ConvAttributes.of(copy, kernel)

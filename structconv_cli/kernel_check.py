@@ -51,6 +51,7 @@ class LayerNode:
         name: the layer.
         weight: (C_out, C/groups, *kernel).
         bias: (C_out,); zeros if there is none.
+        groups: of channels; 1 for a linear layer.
         structure: the weight's subspace; None if it is not structured.
         sources: what stands for the input.
         targets: what stands for the output.
@@ -61,6 +62,7 @@ class LayerNode:
     name: str
     weight: npt.NDArray[np.float32]
     bias: npt.NDArray[np.float32]
+    groups: int
     structure: Structure | None
     sources: Carried
     targets: Carried
@@ -79,24 +81,18 @@ class LayerNode:
         weight, bias = dense_kernel(claims.dense.model, node)
         if structure is not None and structure.dense != weight.shape[1:]:
             raise OnnxError(f"its weight {weight.shape} has not the structure {structure.dense}.")
-        group = ConvAttributes.of(node, weight.shape[2:]).group if node.op_type == "Conv" else 1
+        groups = ConvAttributes.of(node, weight.shape[2:]).group if node.op_type == "Conv" else 1
         return cls(
             node=node,
             name=name,
             weight=weight,
             bias=bias,
+            groups=groups,
             structure=structure,
-            sources=claims.sources(node.input[0], weight.shape[1] * group),
+            sources=claims.sources(node.input[0], weight.shape[1] * groups),
             targets=claims.sources(node.output[0], len(weight)),
             rank=len(claims.dense.shape(node.input[0]) or ()) or weight.ndim,
         )
-
-    @property
-    def groups(self) -> int:
-        """Groups of channels; 1 for a linear layer."""
-        if self.node.op_type != "Conv":
-            return 1
-        return ConvAttributes.of(self.node, self.weight.shape[2:]).group
 
     def rows(self, array: Array, *, absolute: bool = False) -> Floats:
         """T_y applied to the first axis, that of the outputs."""

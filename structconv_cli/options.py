@@ -126,6 +126,7 @@ Forms = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Threads = Annotated[int, typer.Option(min=1, help="ONNX Runtime's threads in a run.")]
+ImagesPerRun = Annotated[int, typer.Option(min=1, help="Images per run.")]
 Timings = Annotated[
     Path | None,
     typer.Option(help="File of known timings. By default in the user's cache folder."),

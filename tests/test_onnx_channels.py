@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from structconv_cli.onnx.channels import Channels, carried_matrix, combined, concatenated, spread
+from structconv_cli.onnx.channels import Channels, carried_matrix, combined, spread
 from structconv_cli.onnx.spaces import Need
 
 COUNT = 12
@@ -75,13 +75,6 @@ def test_all_channels_are_the_identity(count: int) -> None:
     channels = Channels.all(count)
     assert np.array_equal(channels.matrix(count), np.eye(count))
     assert channels == Channels.of(range(count))
-
-
-@given(st.lists(indices, max_size=4))
-def test_parts_concatenated_select_one_after_the_other(parts: list[list[int]]) -> None:
-    joined = concatenated([Channels.of(part) for part in parts])
-    assert list(joined.indices) == [index for part in parts for index in part]
-    assert joined.is_selection
 
 
 @given(st.lists(combinations(), min_size=1, max_size=3), st.integers(0, 9))

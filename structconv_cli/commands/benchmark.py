@@ -14,7 +14,7 @@ def benchmark(
     run: options.Run = Path("structconv-run"),
     device: options.Device = "cpu",
     threads: options.Threads = 1,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per run.")] = 1,
+    batch_size: options.ImagesPerRun = 1,
     rounds: Annotated[int, typer.Option(min=5, help="Interleaved rounds to measure.")] = 30,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the input and the order.")] = 0,
     json: options.Json = False,

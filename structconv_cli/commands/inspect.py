@@ -1,7 +1,5 @@
 """`structconv inspect`."""
 
-from typing import Annotated
-
 import typer
 from rich.console import Console
 
@@ -16,7 +14,7 @@ def inspect(
     input_shape: options.InputShape = None,
     device: options.Device = "cpu",
     threads: options.Threads = 1,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per run.")] = 1,
+    batch_size: options.ImagesPerRun = 1,
     timings: options.Timings = None,
     json: options.Json = False,
 ) -> None:

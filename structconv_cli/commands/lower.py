@@ -21,7 +21,7 @@ def lower(
     forms: options.Forms = "measure",
     device: options.Device = "cpu",
     threads: options.Threads = 1,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per run to be fast for.")] = 1,
+    batch_size: options.ImagesPerRun = 1,
     input_shape: options.InputShape = None,
     timings: options.Timings = None,
     json: options.Json = False,

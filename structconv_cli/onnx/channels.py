@@ -6,7 +6,7 @@ graph, what its channels are in terms of the dense tensor's; `Carried` says it f
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -144,11 +144,6 @@ def spread(
     blocks = zip(np.split(array, edges, axis=1), carried, strict=True)
     found = [c.spread(block, count, 1, absolute=absolute) for block, (_, c) in blocks]
     return sum(found[1:], found[0])
-
-
-def concatenated(parts: Sequence[Channels]) -> Channels:
-    """The selection that parts which are selections make together."""
-    return Channels.of(index for part in parts for index in part.indices)
 
 
 def _ranges(indices: Iterable[int]) -> Ranges:

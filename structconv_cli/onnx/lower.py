@@ -177,7 +177,8 @@ def lower(
     Raises:
         OnnxError: a layer of `structures` is not in the graph, or its weight is not structured.
     """
-    layers, refused = before, _ = structured_nodes(Graph(model), structures)
+    dense = Graph(model)
+    layers, refused = before, _ = structured_nodes(dense, structures)
     slim, selections = remove_dead_channels(model)
     graph = Graph(slim)
     if selections:
@@ -205,7 +206,7 @@ def lower(
         layers=written,
         dense=(*left, *(DenseLayer(name, reason) for name, reason in refused.items())),
         carried=carried_through(selections, rebuilt.carried),
-        removed=_removed(Graph(model), selections),
+        removed=_removed(dense, selections) if selections else {},
         forms=f"{how.channels}+{how.space}" if isinstance(how, Form) else MEASURE,
         structures={layer.name: layer.structure for layer in before.values()},
         environment=decision.environment,

@@ -40,18 +40,16 @@ class TimingCache:
         self._new: dict[str, float] = {}
         self._known = dict(_read(path).ms.get(environment, {}))
         self._hits: set[str] = set()
-        self._measured: set[str] = set()
 
     def get(self, key: str) -> float | None:
         """A known time."""
-        if key in self._known and key not in self._measured:
+        if key in self._known and key not in self._new:
             self._hits.add(key)
         return self._known.get(key)
 
     def put(self, key: str, ms: float) -> None:
         """Note a time; `save` writes it."""
         self._known[key] = self._new[key] = ms
-        self._measured.add(key)
 
     @property
     def hits(self) -> int:
@@ -61,7 +59,7 @@ class TimingCache:
     @property
     def measured(self) -> int:
         """How many times were measured anew."""
-        return len(self._measured)
+        return len(self._new)
 
     def save(self) -> None:
         """Add the new times to the file; a machine that does not let us write is no error."""
@@ -73,7 +71,6 @@ class TimingCache:
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             write_json(_File(FORMAT, everything), self._path)
-            self._new = {}
 
 
 def default_path() -> Path:
