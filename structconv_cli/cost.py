@@ -71,7 +71,7 @@ def sum_pool_additions(spec: LayerSpec, structure: Structure, output_size: tuple
             output_size, spec.stride, spec.dilation, structure.dense[1:], strict=False
         )
     ] or list(output_size)
-    additions = (structure.dense[0] - 1) * prod(plane) if channel_window > 1 else 0
+    additions = (structure.channels - 1) * prod(plane) if channel_window > 1 else 0
     for axis, window in enumerate(windows):
         reduced, stride = structure.reduced[1 + axis], spec.stride[axis]
         if reduced == 1 and stride > 1:  # the stride moves into the pool, which then shares nothing

@@ -260,12 +260,11 @@ def _form_norms(weight: npt.NDArray[np.float32], structure: Structure) -> Floats
     """Norms of the terms that the two forms of a structured layer add up, (C_out,)."""
     stored = torch.from_numpy(weight.copy())
     window, *others = structure.windows
-    size = structure.dense[0]
-    spatial = Structure(structure.dense, (size, *structure.reduced[1:]))
+    spatial = Structure(structure.dense, (structure.dense[0], *structure.reduced[1:]))
     differences = spatial.coefficients(stored).flatten(1).norm(dim=1).double() * prod(others) ** 0.5
     pooled = structure.coefficients(stored).flatten(1).norm(dim=1).double()
     pooled *= prod(structure.windows) ** 0.5
-    norms: Floats = ((2 + size / window) ** 0.5 * differences + pooled).numpy()
+    norms: Floats = ((2 + structure.channels / window) ** 0.5 * differences + pooled).numpy()
     return norms
 
 

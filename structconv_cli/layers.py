@@ -52,9 +52,9 @@ class _StructuredConv(StructuredLayer):
         unbatched = x.ndim == spec.dims + 1
         y = pad_input(x.unsqueeze(0) if unbatched else x, spec)
         channel_window, *windows = structure.windows
-        if channel_window > 1:
+        if channel_window > 1 or structure.reads:
             grouped = y.reshape(len(y), spec.groups, -1, *y.shape[2:])
-            y = box_sum(grouped, 2, channel_window).flatten(1, 2)
+            y = box_sum(structure.gathered(grouped, 2), 2, channel_window).flatten(1, 2)
         stride = list(spec.stride)
         for axis, window in enumerate(windows):
             moved = structure.reduced[1 + axis] == 1
@@ -85,7 +85,7 @@ class StructuredLinear(StructuredLayer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., Q) -> (..., P)."""
-        pooled = box_sum(x, -1, self.structure.windows[0])
+        pooled = box_sum(self.structure.gathered(x, -1), -1, self.structure.windows[0])
         return functional.linear(pooled, self.weight, self.bias)
 
 

@@ -12,6 +12,12 @@ the k-1 differences of class indicators are orthogonal to the range, and span it
 m_r members and sum S_r in class r, the nearest such vector shifts every member of class r by
 (S - S_r) / m_r, where S = sum_r (S_r / m_r) / sum_r (1 / m_r). So projection takes O(L) operations
 and no factorisation.
+
+Along the channels two more choices are part of the structure (our derivation). *Which channels are
+read, in which order*: single-channel masks are a binary basis too, so a selection of channels is a
+composite kernel whose pooling costs nothing, and the windows may run over the selected channels in
+any order. *Balanced*: the sub-case in which all class sums are zero, S = 0, one degree of freedom
+fewer per filter and offset, whose lowered form needs no sum over channels.
 """
 
 from collections.abc import Callable
@@ -39,6 +45,9 @@ class Structure:
     Attributes:
         dense: (C / groups, N_1, .., N_d) of the dense weight; (Q,) for a linear layer of Q inputs.
         reduced: (c, n_1, .., n_d), between 1 and `dense` on every axis.
+        reads: the input channels that are read, of each group, in the order in which the windows
+            take them; empty for all of them in their own order. The weights of others are zero.
+        balanced: whether the weights' residue-class sums along the channels are zero.
 
     A weight has shape (C_out, *dense); its coefficients (the reduced weight) (C_out, *reduced).
 
@@ -48,6 +57,8 @@ class Structure:
 
     dense: tuple[int, ...]
     reduced: tuple[int, ...]
+    reads: tuple[int, ...] = ()
+    balanced: bool = False
 
     def __post_init__(self) -> None:
         if len(self.dense) != len(self.reduced) or not self.dense:
@@ -61,11 +72,36 @@ class Structure:
                     f"structure {self.reduced} does not fit the weight {self.dense}: every size "
                     f"must lie between 1 and the dense size; found {small} of {size}."
                 )
+        self._check_channels()
+
+    def _check_channels(self) -> None:
+        count, kept = self.dense[0], self.reduced[0]
+        if len(set(self.reads)) < len(self.reads) or not all(0 <= i < count for i in self.reads):
+            raise StructureError(
+                f"structure {self.reduced} of {self.dense} reads the channels {self.reads[:8]}...: "
+                f"every channel must lie between 0 and {count - 1} and be named once."
+            )
+        if kept > self.channels:
+            raise StructureError(
+                f"structure {self.reduced} of {self.dense} reads {self.channels} channels, fewer "
+                f"than the {kept} that it is reduced to."
+            )
+        if self.balanced and (kept < 2 or kept == self.channels):
+            raise StructureError(
+                f"structure {self.reduced} of {self.dense} cannot be balanced: expected at least 2 "
+                f"and fewer than {self.channels} channels kept; found {kept}."
+            )
+
+    @property
+    def channels(self) -> int:
+        """Number of input channels that are read, in each group."""
+        return len(self.reads) or self.dense[0]
 
     @property
     def windows(self) -> tuple[int, ...]:
-        """Width of the sum-pool on every axis: dense - reduced + 1."""
-        return tuple(s - r + 1 for s, r in zip(self.dense, self.reduced, strict=True))
+        """Width of the sum-pool on every axis: dense (or what is read) - reduced + 1."""
+        dense = (self.channels, *self.dense[1:])
+        return tuple(s - r + 1 for s, r in zip(dense, self.reduced, strict=True))
 
     @property
     def is_dense(self) -> bool:
@@ -80,25 +116,54 @@ class Structure:
     def project(self, weight: torch.Tensor) -> torch.Tensor:
         """Orthogonal projection of `weight` (C_out, *dense) onto the subspace; differentiable."""
         self._check(weight, self.dense)
-        return self._each_axis(weight, project_axis, self.dense)
+        return self.scattered(self._projected(weight))
 
     def coefficients(self, weight: torch.Tensor) -> torch.Tensor:
         """Least-squares coefficients A^+ W of shape (C_out, *reduced)."""
-        return self._each_axis(self.project(weight), _coefficients_axis, self.reduced)
+        self._check(weight, self.dense)
+        return self._each_axis(self._projected(weight), _coefficients_axis, self.reduced)
 
     def expand(self, coefficients: torch.Tensor) -> torch.Tensor:
         """The dense weight A a of shape (C_out, *dense) that these coefficients stand for."""
         self._check(coefficients, self.reduced)
         for axis, window in enumerate(self.windows, start=1):
             coefficients = _expand_axis(coefficients, axis, window)
-        return coefficients
+        return self.scattered(coefficients)
+
+    def gathered(self, weight: torch.Tensor, axis: int = 1) -> torch.Tensor:
+        """Only the channels that are read, in their order, of an axis of channels."""
+        if not self.reads:
+            return weight
+        return weight.index_select(axis, torch.tensor(self.reads, device=weight.device))
+
+    def scattered(self, weight: torch.Tensor) -> torch.Tensor:
+        """The inverse of `gathered` for axis 1: every channel in its place, zeros elsewhere."""
+        if not self.reads:
+            return weight
+        places = torch.tensor(self.reads, device=weight.device)
+        shape = (len(weight), self.dense[0], *weight.shape[2:])
+        return weight.new_zeros(shape).index_copy(1, places, weight)
+
+    def _projected(self, weight: torch.Tensor) -> torch.Tensor:
+        """The projection, of the channels that are read only."""
+        read = self.gathered(weight)
+        if self.balanced:
+            read = balance(read, self.windows[0])
+        sizes = (self.channels, *self.dense[1:])
+        return self._each_axis(read, project_axis, sizes, channels=not self.balanced)
 
     def _each_axis(
-        self, weight: torch.Tensor, apply: AxisMap, sizes: tuple[int, ...]
+        self,
+        weight: torch.Tensor,
+        apply: AxisMap,
+        sizes: tuple[int, ...],
+        *,
+        channels: bool = True,
     ) -> torch.Tensor:
         """Apply a linear map to every axis; to the axes of a small kernel as one matrix."""
         kernel = self.dense[1:]
-        weight = apply(weight, 1, self.reduced[0])
+        if channels:
+            weight = apply(weight, 1, self.reduced[0])
         if self.windows[1:] == (1,) * len(kernel):
             return weight
         if prod(kernel) > _SMALL_KERNEL:
@@ -115,11 +180,29 @@ class Structure:
         return float((exact - self.project(exact)).norm()) / norm if norm else 0.0
 
     def basis(self) -> tuple[torch.Tensor, ...]:
-        """The banded 0/1 matrix (dense, reduced) of every axis, float64; A is their product."""
-        return tuple(basis_axis(s, r) for s, r in zip(self.dense, self.reduced, strict=True))
+        """A basis (dense, m) of every axis, float64; the subspace is that of their product.
+
+        The banded 0/1 matrix of m = reduced columns; for the channels its rows stand where the
+        channels that are read are, and a balanced structure has the m = c - 1 differences
+        e_j - e_p(j) instead (p as in `onnx.forms`).
+        """
+        count, kept = self.dense[0], self.reduced[0]
+        if self.balanced:
+            heads = torch.arange(kept - 1)
+            matrix = torch.zeros(self.channels, kept - 1, dtype=torch.float64)
+            matrix[heads, heads] = 1
+            matrix[kept - 1 + (heads - kept + 1) % self.windows[0], heads] -= 1
+        else:
+            matrix = basis_axis(self.channels, kept)
+        if self.reads:
+            matrix = torch.zeros(count, matrix.shape[1], dtype=torch.float64).index_copy(
+                0, torch.tensor(self.reads), matrix
+            )
+        kernel = zip(self.dense[1:], self.reduced[1:], strict=True)
+        return (matrix, *(basis_axis(size, small) for size, small in kernel))
 
     def orthonormal_basis(self) -> tuple[torch.Tensor, ...]:
-        """Per axis an orthonormal Q of the basis' range, (dense, reduced), float64."""
+        """Per axis an orthonormal Q of the basis' range, (dense, m), float64."""
         return tuple(torch.linalg.qr(matrix).Q for matrix in self.basis())
 
     def _check(self, tensor: torch.Tensor, sizes: tuple[int, ...]) -> None:
@@ -164,6 +247,15 @@ def project_axis(weight: torch.Tensor, axis: int, reduced: int) -> torch.Tensor:
     common = (sums / members).sum(axis, keepdim=True) / (1 / members).sum()
     shifted = classes + ((common - sums) / members).unsqueeze(axis)
     return shifted.flatten(axis, axis + 1).narrow(axis, 0, length)
+
+
+def balance(weight: torch.Tensor, window: int) -> torch.Tensor:
+    """The nearest weight (C_out, C, ...) whose residue-class sums along axis 1 are all zero."""
+    classes = torch.arange(weight.shape[1], device=weight.device) % window
+    sums = weight.new_zeros(len(weight), window, *weight.shape[2:]).index_add(1, classes, weight)
+    members = torch.bincount(classes, minlength=window).to(weight.dtype)
+    means = sums / members.reshape(1, -1, *([1] * (weight.ndim - 2)))
+    return weight - means[:, classes]
 
 
 def _coefficients_axis(weight: torch.Tensor, axis: int, reduced: int) -> torch.Tensor:

@@ -71,7 +71,7 @@ def kernel_bound(weight: torch.Tensor, structure: Structure) -> torch.Tensor:
     terms = prod(min(window, reduced) for window, reduced in sizes)
     parts = spatial.coefficients(structure.project(weight.double())).abs()
     if structure.windows[0] > 1:
-        parts = _difference_parts(parts, channels)
+        parts = structure.scattered(_difference_parts(structure.gathered(parts), channels))
         terms += -(-(channels - 1) // structure.windows[0]) + 1
     summed = spatial.expand(parts)
     u = unit_roundoff(torch.float32)

@@ -5,6 +5,7 @@ from math import prod
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,7 +25,20 @@ dtypes = st.sampled_from(list(EXACT))
 @st.composite
 def structures(draw: st.DrawFn) -> Structure:
     dense = tuple(draw(st.lists(st.integers(1, 6), min_size=1, max_size=3)))
-    return Structure(dense, tuple(draw(st.integers(1, size)) for size in dense))
+    reduced = tuple(draw(st.integers(1, size)) for size in dense)
+    if draw(st.booleans()):
+        return Structure(dense, reduced)
+    order = draw(st.permutations(range(dense[0])))
+    return Structure(dense, reduced, tuple(order[: draw(st.integers(reduced[0], dense[0]))]))
+
+
+@st.composite
+def balanced_structures(draw: st.DrawFn) -> Structure:
+    dense = (draw(st.integers(3, 9)), *draw(st.lists(st.integers(1, 4), max_size=2)))
+    reads = tuple(draw(st.permutations(range(dense[0])))[: draw(st.integers(3, dense[0]))])
+    kept = draw(st.integers(2, len(reads) - 1))
+    kernel = tuple(draw(st.integers(1, size)) for size in dense[1:])
+    return Structure(dense, (kept, *kernel), reads, balanced=True)
 
 
 def random(
@@ -38,16 +52,18 @@ def block_basis(structure: Structure) -> np.ndarray:
     """(prod dense, prod reduced): one column for every placement of the block of ones."""
     columns = []
     for corner in product(*(range(count) for count in structure.reduced)):
-        block = np.zeros(structure.dense)
+        read = structure.reads or tuple(range(structure.dense[0]))
+        sizes = (len(read), *structure.dense[1:])
+        block = np.zeros(sizes)
         block[
             tuple(
                 slice(start, start + size - count + 1)
-                for start, size, count in zip(
-                    corner, structure.dense, structure.reduced, strict=True
-                )
+                for start, size, count in zip(corner, sizes, structure.reduced, strict=True)
             )
         ] = 1
-        columns.append(block.ravel())
+        whole = np.zeros(structure.dense)
+        whole[list(read)] = block
+        columns.append(whole.ravel())
     return np.stack(columns, axis=1)
 
 
@@ -175,6 +191,67 @@ def test_gradient_of_coefficients_and_expansion() -> None:
     structure = Structure((4, 3, 3), (3, 2, 2))
     assert torch.autograd.gradcheck(structure.coefficients, random(2, 4, 3, 3).requires_grad_())
     assert torch.autograd.gradcheck(structure.expand, random(2, 3, 2, 2).requires_grad_())
+
+
+# --- which channels are read, in which order, and balanced
+
+
+@laws
+@given(balanced_structures(), seeds)
+def test_a_balanced_projection_is_that_onto_windows_without_class_sums(
+    structure: Structure, seed: int
+) -> None:
+    windows = block_basis(Structure(structure.dense, structure.reduced, structure.reads))
+    # Sums of every class of the channels read, one after the other, at every kernel position.
+    kernel = prod(structure.dense[1:])
+    classes = np.zeros((structure.windows[0], structure.dense[0]))
+    for place, channel in enumerate(structure.reads):
+        classes[place % structure.windows[0], channel] = 1
+    sums = np.kron(classes, np.eye(kernel))
+    inside = windows @ scipy.linalg.null_space(sums @ windows)
+    assert inside.shape[1] == (structure.reduced[0] - 1) * prod(structure.reduced[1:])
+    weight = random(3, *structure.dense, seed=seed)
+    flat = weight.flatten(1).numpy()
+    expected = torch.from_numpy(flat @ inside @ np.linalg.pinv(inside)).reshape(weight.shape)
+    projected = structure.project(weight)
+    assert relative(projected, expected, weight) < 1e-12
+    assert relative(structure.project(projected), projected, weight) < 1e-12
+    assert relative(structure.expand(structure.coefficients(weight)), projected, weight) < 1e-12
+    product_of_axes = np.ones((1, 1))
+    for factor in structure.orthonormal_basis():
+        product_of_axes = np.kron(product_of_axes, factor.numpy())
+    q = torch.from_numpy(product_of_axes)
+    assert relative((weight.flatten(1) @ q @ q.T).reshape(weight.shape), projected, weight) < 1e-12
+
+
+def test_a_selection_zeroes_the_other_channels_and_keeps_these() -> None:
+    structure = Structure((5, 3, 3), (2, 3, 3), (4, 1))
+    weight = random(2, 5, 3, 3)
+    projected = structure.project(weight)
+    assert torch.equal(projected[:, [1, 4]], weight[:, [1, 4]])
+    assert not projected[:, [0, 2, 3]].any()
+    assert torch.equal(structure.coefficients(weight), weight[:, [4, 1]])
+    assert structure.windows == (1, 1, 1)
+    assert not structure.is_dense
+
+
+@pytest.mark.parametrize(
+    ("reduced", "reads", "balanced", "problem"),
+    [
+        ((2, 3), (0, 0), False, "once"),
+        ((2, 3), (0, 4), False, "between 0 and 3"),
+        ((2, 3), (-1, 0), False, "between 0 and 3"),
+        ((3, 3), (0, 1), False, "fewer"),
+        ((4, 3), (), True, "balanced"),
+        ((1, 3), (), True, "balanced"),
+        ((2, 3), (3, 1), True, "balanced"),
+    ],
+)
+def test_impossible_channels_are_refused(
+    reduced: tuple[int, ...], reads: tuple[int, ...], balanced: bool, problem: str
+) -> None:
+    with pytest.raises(StructureError, match=problem):
+        Structure((4, 3), reduced, reads, balanced)
 
 
 # --- the residue-class law

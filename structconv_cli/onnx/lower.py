@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import onnx
+import torch
 
 from structconv_cli.errors import OnnxError
 from structconv_cli.onnx.alternatives import Alternatives, Choice
+from structconv_cli.onnx.arrangement import Selections, arrange_channels, carried_through
 from structconv_cli.onnx.channels import Carried
 from structconv_cli.onnx.choose import choose
-from structconv_cli.onnx.dead_channels import Selections, carried_through, remove_dead_channels
 from structconv_cli.onnx.forms import CHANNEL_FORMS, SPACE_FORMS, Form
 from structconv_cli.onnx.graph import Graph
 from structconv_cli.onnx.nodes import layer_of
@@ -179,10 +180,10 @@ def lower(
     """
     dense = Graph(model)
     layers, refused = before, _ = structured_nodes(dense, structures)
-    slim, selections = remove_dead_channels(model)
+    slim, selections = arrange_channels(model, {o: x.structure for o, x in before.items()})
     graph = Graph(slim)
-    if selections:
-        layers, refused = structured_nodes(graph, _still(structures, before, graph))
+    if selections or any(layer.structure.reads for layer in before.values()):
+        layers, refused = structured_nodes(graph, _still(before, graph, selections))
     grouped = [o for o, layer in layers.items() if layer.need and layer.groups > 1]
     alternatives = Alternatives(Spaces(graph, grouped), layers)
     decision = _choose(alternatives, how, observer)
@@ -240,22 +241,33 @@ def _choose(alternatives: Alternatives, how: Measured | Form, observer: Observer
 
 
 def _still(
-    structures: Mapping[str, Structure] | None,
-    before: Mapping[str, StructuredNode],
-    graph: Graph,
-) -> Mapping[str, Structure] | None:
-    """The structures that layers have after channels were removed: anew where they lost some."""
-    if structures is None:
-        return None
+    before: Mapping[str, StructuredNode], graph: Graph, selections: Selections
+) -> dict[str, Structure]:
+    """The structures that layers have after their input's channels were arranged."""
+    nodes = {layer_of(node): node for node in graph.nodes}
     still = {}
     for layer in before.values():
-        node = next(n for n in graph.nodes if layer_of(n) == layer.name)
-        weight = dense_weight(graph, node)
-        told = structures[layer.name]
-        structure = told if told.dense == tuple(weight.shape[1:]) else find_structure(weight)
+        weight = dense_weight(graph, nodes[layer.name])
+        _, kept = selections.get(layer.node.input[0], ("", tuple(range(layer.structure.dense[0]))))
+        structure = _arranged(layer.structure, kept, weight)
         if not structure.is_dense:
             still[layer.name] = structure
     return still
+
+
+def _arranged(told: Structure, kept: tuple[int, ...], weight: torch.Tensor) -> Structure:
+    """A structure when its layer's input has these of its channels, in this order."""
+    dense = (len(kept), *told.dense[1:])
+    order = told.reads or tuple(range(told.dense[0]))
+    if tuple(weight.shape[1:]) != dense:  # a grouped layer: its groups may have gone, as wholes
+        return told if told.dense == tuple(weight.shape[1:]) else find_structure(weight)
+    if told.windows[0] == 1:
+        return Structure(dense, (len(kept), *told.reduced[1:]))
+    if kept == order:
+        return Structure(dense, told.reduced, balanced=told.balanced)
+    return (
+        Structure(dense, (len(kept), *told.reduced[1:])) if told.reads else find_structure(weight)
+    )
 
 
 def _removed(graph: Graph, selections: Selections) -> dict[str, int]:
@@ -264,7 +276,7 @@ def _removed(graph: Graph, selections: Selections) -> dict[str, int]:
     found = {}
     for name, (_, kept) in selections.items():
         space = spaces.of(name)
-        if space is not None:
+        if space is not None and len(kept) < space.channels:
             found[space.name] = space.channels - len(kept)
     return found
 

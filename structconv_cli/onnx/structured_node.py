@@ -12,7 +12,7 @@ from structconv_cli.errors import OnnxError
 from structconv_cli.onnx.graph import Graph, attributes
 from structconv_cli.onnx.nodes import ConvAttributes, is_transposed, layer_of
 from structconv_cli.onnx.spaces import Need
-from structconv_cli.structure import Structure
+from structconv_cli.structure import Structure, balance
 
 ROUNDING = 64 * 2.0**-24
 """Largest relative residual that float32 rounding (of weights, and of folding batch norm) explains;
@@ -137,22 +137,12 @@ def _structured(
     projected = structure.project(weight)
     balanced = False
     if structure.windows[0] > 1:
-        centred = _balance(projected, structure.windows[0])
+        centred = balance(projected, structure.windows[0])
         norm = float(weight.norm())
         balanced = float((weight - centred).norm()) <= ROUNDING * norm
         projected = centred if balanced else projected
     conv = ConvAttributes.of(node, structure.dense[1:]) if node.op_type == "Conv" else None
     return StructuredNode(layer, node, structure, balanced, projected, conv)
-
-
-def _balance(weight: torch.Tensor, window: int) -> torch.Tensor:
-    """The nearest weight whose residue-class sums along axis 1 are all zero."""
-    classes = torch.arange(weight.shape[1]) % window
-    sums = torch.zeros(len(weight), window, *weight.shape[2:], dtype=weight.dtype)
-    sums.index_add_(1, classes, weight)
-    members = torch.bincount(classes, minlength=window).to(weight.dtype)
-    means = sums / members.reshape(1, -1, *([1] * (weight.ndim - 2)))
-    return weight - means[:, classes]
 
 
 def find_structure(weight: torch.Tensor) -> Structure:

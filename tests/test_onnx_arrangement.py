@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from test_onnx_lower import structured_weight
 
+from structconv_cli.onnx.arrangement import arrange_channels, carried_through
 from structconv_cli.onnx.channels import Channels
-from structconv_cli.onnx.dead_channels import carried_through, remove_dead_channels
 from structconv_cli.onnx.forms import Form
 from structconv_cli.onnx.lower import lower
 
@@ -121,7 +121,7 @@ def sizes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
 def lost(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
     """The channels that are left, for every tensor that has lost some; proved equal."""
     before = model.SerializeToString()
-    slim, selections = remove_dead_channels(model)
+    slim, selections = arrange_channels(model, {})
     assert model.SerializeToString() == before
     assert_same(model, slim)
     return {name: kept for name, (_, kept) in selections.items()}
@@ -136,7 +136,7 @@ def test_a_chain_of_what_leaves_channels_alone() -> None:
     net.conv("y", x, FULL, 5, reads=(0, 3, 4, 7))
     model = net.model("y")
     assert lost(model) == dict.fromkeys(("a", "r", "n", "d", "p"), (0, 3, 4, 7))
-    slim, _ = remove_dead_channels(model)
+    slim, _ = arrange_channels(model, {})
     assert sizes(slim) == {"a": (4, 3, 3, 3), "d": (4, 1, 3, 3), "y": (5, 4, 3, 3)}
 
 
@@ -219,7 +219,7 @@ def test_nothing_goes_that_the_graph_returns() -> None:
 def test_nothing_goes_that_another_node_reads(reader: str, attributes: dict[str, object]) -> None:
     model = selecting("other", reader=reader, **attributes)
     assert lost(model) == {}
-    assert remove_dead_channels(model)[0] == model
+    assert arrange_channels(model, {})[0] == model
 
 
 def test_nothing_goes_that_a_second_layer_reads() -> None:
@@ -237,7 +237,7 @@ def test_nothing_goes_from_the_models_input() -> None:
     net.conv("y", "x", 3, 5, reads=(1,))
     model = net.model("y")
     assert lost(model) == {}
-    assert remove_dead_channels(model)[0] == model
+    assert arrange_channels(model, {})[0] == model
 
 
 def test_nothing_goes_that_a_sub_graph_reads() -> None:
@@ -300,7 +300,7 @@ def test_what_is_left_is_what_some_reader_reads(
         assert {"a", "r"} <= set(found)
         assert ("s" in found) == residual
         # Nothing is left to be removed.
-        assert remove_dead_channels(remove_dead_channels(net.model(*outputs))[0])[1] == {}
+        assert arrange_channels(arrange_channels(net.model(*outputs), {})[0], {})[1] == {}
 
 
 @given(

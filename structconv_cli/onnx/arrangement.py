@@ -1,11 +1,15 @@
-"""Channels that no layer reads: their producers need not make them.
+"""Channels put into the order in which layers read them, and those that none reads left out.
 
 A layer that keeps only some of its input channels (selection: single-channel masks are composite
 kernels too, whose pooling costs nothing) has zero weights for the others. A channel that every
 layer behind a space drops is removed from the space: from the layers that make it, from whatever
 carries it (residual sums, depthwise convolutions, batch norms), and from its readers.
+
+Windows over the channels may run in an order of their own (`Structure.reads`): what makes a space
+then makes its channels in that order, which costs nothing.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 
 import numpy as np
@@ -17,25 +21,38 @@ from structconv_cli.onnx.rebuild import rebuild
 from structconv_cli.onnx.roles import Layer
 from structconv_cli.onnx.spaces import Space, Spaces
 from structconv_cli.onnx.structured_node import dense_weight
+from structconv_cli.structure import Structure
 
 Selections = Mapping[str, tuple[str, tuple[int, ...]]]
 """For each dense tensor that lost channels: the tensor that carries the others, and which."""
 
 
-def remove_dead_channels(model: onnx.ModelProto) -> tuple[onnx.ModelProto, Selections]:
-    """A model without the channels that nothing reads, and what stands for the dense tensors.
+def arrange_channels(
+    model: onnx.ModelProto, structures: Mapping[str, Structure]
+) -> tuple[onnx.ModelProto, Selections]:
+    """A model without the channels that nothing reads, the others in the order in which they are.
 
     Where a layer loses outputs it may have been the last reader of its inputs, so this is repeated
     until nothing more can go.
+
+    Args:
+        model: the dense graph.
+        structures: by the output of the structured layer's node. Where readers ask for different
+            orders, most decide.
+
+    Returns:
+        The model, and what stands for the dense tensors.
     """
     selections: dict[str, tuple[str, tuple[int, ...]]] = {}
+    wanted = structures
     while True:
         spaces = Spaces(Graph(model))
         parts = {}
         for space in spaces:
-            alive = _alive(spaces, space)
-            if len(alive) < space.channels:
+            alive = _alive(spaces, space, wanted)
+            if alive != list(range(space.channels)):
                 parts[space.name] = (Channels.of(alive),)
+        wanted = {}
         if not parts:
             return model, selections
         rebuilt = rebuild(spaces, parts, {}, {})
@@ -43,8 +60,8 @@ def remove_dead_channels(model: onnx.ModelProto) -> tuple[onnx.ModelProto, Selec
         model = rebuilt.model
 
 
-def _alive(spaces: Spaces, space: Space) -> list[int]:
-    """The channels of a space that some reader reads; all, where they cannot be taken apart."""
+def _alive(spaces: Spaces, space: Space, structures: Mapping[str, Structure]) -> list[int]:
+    """The channels of a space that some reader reads, in order; all, where it cannot be changed."""
     everything = list(range(space.channels))
     if space.is_output or not space.readers:
         return everything
@@ -57,7 +74,21 @@ def _alive(spaces: Spaces, space: Space) -> list[int]:
         weight = dense_weight(spaces.graph, reader).numpy()
         read |= (weight != 0).any(axis=(0, *range(2, weight.ndim)))
     groups = read.reshape(-1, space.group).any(axis=1).repeat(space.group)
-    return [int(index) for index in np.flatnonzero(groups)] or everything[: space.group]
+    alive = [int(index) for index in np.flatnonzero(groups)] or everything[: space.group]
+    order = _order(space, structures)
+    if space.group > 1 or not order:
+        return alive
+    return [index for index in order if groups[index]] + sorted(set(alive) - set(order))
+
+
+def _order(space: Space, structures: Mapping[str, Structure]) -> tuple[int, ...]:
+    """The order that most readers with channel windows ask for; empty if none does."""
+    asked = Counter(
+        found.reads
+        for node in space.readers
+        if (found := structures.get(node.output[0])) is not None and found.windows[0] > 1
+    )
+    return asked.most_common(1)[0][0] if asked else ()
 
 
 def _then(
