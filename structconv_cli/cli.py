@@ -15,6 +15,7 @@ from structconv_cli.commands.convert import convert
 from structconv_cli.commands.failures import INTERRUPTED
 from structconv_cli.commands.inspect import inspect
 from structconv_cli.commands.lower import lower
+from structconv_cli.commands.plan import plan
 from structconv_cli.commands.verify import verify
 
 app = typer.Typer(
@@ -30,6 +31,9 @@ app.command(
     "--arch sample_models/resnet_cifar.py:resnet20 --arch-arg in_channels=1 --data digits"
 )(convert)
 app.command(epilog="Example: structconv inspect model.onnx")(inspect)
+app.command(
+    epilog="Example: structconv plan model.onnx --input-shape 1x3x224x224 --target-speedup 1.5"
+)(plan)
 app.command(epilog="Example: structconv lower model.onnx -o lowered.onnx --threads 2")(lower)
 app.command(epilog="Example: structconv verify structconv-run")(verify)
 app.command(epilog="Example: structconv benchmark structconv-run --threads 2 --batch-size 8")(

@@ -10,6 +10,8 @@ from structconv_cli.model.architecture import Architecture
 from structconv_cli.model.inventory import Inventory
 from structconv_cli.onnx.lower import Lowering, LoweringSettings
 from structconv_cli.plan import KeptLayer, Plan
+from structconv_cli.planning.proposal import ProposalSettings
+from structconv_cli.planning.targets import Targets
 from structconv_cli.structure import Structure
 
 _SLIMMED = "only the channels that it reads were left to it"
@@ -26,6 +28,9 @@ class ConvertRequest:
         settings: how to fine-tune.
         n, channels: the rule for all layers (see `planner.rule_plan`), where there is no plan file.
         plan_file: a plan to obey instead.
+        targets: what a plan is to be made for instead; empty for none.
+        proposal: how such a plan is made.
+        images: training images that it is made from.
         out: the run folder to write.
         force: whether an existing run folder is replaced.
         lowering: how the ONNX forms are chosen.
@@ -42,6 +47,9 @@ class ConvertRequest:
     out: Path
     force: bool
     lowering: LoweringSettings = field(default_factory=LoweringSettings)
+    targets: Targets = field(default_factory=Targets)
+    proposal: ProposalSettings = field(default_factory=ProposalSettings)
+    images: int = 512
     command: tuple[str, ...] = ()
 
 

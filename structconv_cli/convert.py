@@ -11,11 +11,12 @@ from torch import nn
 from structconv_cli import __version__
 from structconv_cli.approximation import compare_models
 from structconv_cli.artifacts import load_artifacts, run_onnx, save_tensors, stamp
+from structconv_cli.attempts import attempt, given_plan, make_planner
 from structconv_cli.conversion import ConvertRequest, ConvertResult, layer_outcomes
 from structconv_cli.cost import Cost
 from structconv_cli.data.dataset import Dataset, check_labels, load_dataset
 from structconv_cli.errors import PlanError, StructconvError
-from structconv_cli.finetune import FineTuneResult, finetune
+from structconv_cli.finetune import FineTuneResult
 from structconv_cli.json_file import write_json
 from structconv_cli.model.architecture import build_model
 from structconv_cli.model.checkpoint import Checkpoint, load_checkpoint, load_into, save_like
@@ -23,9 +24,12 @@ from structconv_cli.model.inventory import Inventory, first_channels, take_inven
 from structconv_cli.onnx.export import export_onnx
 from structconv_cli.onnx.file import load_onnx, save_onnx
 from structconv_cli.onnx.lower import Lowering, lower
-from structconv_cli.plan import Plan, read_plan
-from structconv_cli.planner import check_plan, rule_plan
+from structconv_cli.plan import Plan
+from structconv_cli.planning.judgement import judge
+from structconv_cli.planning.pipeline import PlanFiles, check_plan_destination, write_proposal
+from structconv_cli.planning.proposal import Proposal
 from structconv_cli.progress import SILENT, Observer
+from structconv_cli.report.curve import draw_curve
 from structconv_cli.rewrite import rewrite
 from structconv_cli.run_folder import FORMAT, RunFolder, RunInfo, check_destination, new_run_folder
 from structconv_cli.verify import VerifyResult, record_reference, verify
@@ -51,25 +55,24 @@ def convert(
     with observer.stage("data"):
         data = _load_data(request, model, observer)
         observer.note(f"{len(data.train)} training and {len(data.val)} validation images")
-    with observer.stage("plan"):
+    with observer.stage("export of the original"):
+        # Before the long work: a model that cannot be exported fails here.
         example = data.prepare(data.train.images[:_TRACE_BATCH])
         inventory = take_inventory(model, example)
         check_labels(data, inventory.outputs)
-        plan = (
-            check_plan(read_plan(request.plan_file), inventory)
-            if request.plan_file
-            else rule_plan(inventory, request.n, request.channels)
-        )
-        observer.note(f"{len(plan.structures)} of {len(plan.layers)} layers structured")
-    with observer.stage("export of the original"):
-        # Before the long work: a model that cannot be exported fails here.
+        if request.targets.is_empty:
+            given_plan(request, inventory)
         original = export_onnx(model, example)
-    tuned, tuning = finetune(model, plan.structures, data, request.settings, observer)
+    found = attempt(request, model, inventory, data, original, observer)
+    plan, tuned, tuning = found.plan, found.model, found.tuning
     with new_run_folder(request.out, request.force) as folder:
         with observer.stage("rewrite and export"):
             save_onnx(original, folder.original_onnx)
             dense_graph = _write_models(folder, checkpoint, tuned, plan, data, example)
             write_json(plan, folder.plan)
+            if found.prediction is not None:
+                write_json(found.prediction, folder.prediction)
+                draw_curve(found.prediction, folder.curve)
             write_json(inventory, folder.inventory)
             dense_file = _dense_file(folder, checkpoint)
             folder.write_info(_run_info(request, folder, inventory, plan, dense_file))
@@ -90,10 +93,42 @@ def convert(
             original_bytes=folder.original_onnx.stat().st_size,
             structured_bytes=folder.structured_onnx.stat().st_size,
             seconds=time.perf_counter() - start,
-            notes=(*data.notes, *_warnings(tuning, len(data.classes))),
+            notes=(*data.notes, *found.notes, *_warnings(tuning, len(data.classes))),
         )
         write_json(result, folder.convert_result)
     return result, verification
+
+
+def dry_run(request: ConvertRequest, out: Path, observer: Observer = SILENT) -> Proposal:
+    """Plan a conversion and predict what it does; write the plan, as `structconv plan` does.
+
+    Args:
+        request: the conversion; its run folder is not written.
+        out: the plan file.
+        observer: is told of the stages.
+
+    Raises:
+        StructconvError: whatever is wrong with the input; nothing is written then.
+    """
+    files = PlanFiles(out)
+    check_plan_destination(files, force=request.force)
+    with observer.stage("checkpoint"):
+        _, model = _load_model(request)
+    with observer.stage("data"):
+        data = _load_data(request, model, observer)
+    with observer.stage("export of the original"):
+        example = data.prepare(data.train.images[:_TRACE_BATCH])
+        inventory = take_inventory(model, example)
+        check_labels(data, inventory.outputs)
+        given = given_plan(request, inventory) if request.targets.is_empty else None
+        original = export_onnx(model, example)
+    planner = make_planner(request, inventory, data, original, observer)
+    if given is None:
+        proposal = planner.propose(request.targets)
+    else:
+        proposal = Proposal(given, judge(planner, given))
+    write_proposal(proposal, files)
+    return proposal
 
 
 def verify_run(path: Path, observer: Observer = SILENT) -> VerifyResult:

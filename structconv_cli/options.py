@@ -150,3 +150,76 @@ InputShape = Annotated[
         "checkpoint.",
     ),
 ]
+PlanOut = Annotated[
+    Path,
+    typer.Option(help="Plan file to write; beside it its .prediction.json and a picture, .png."),
+]
+ForcePlan = Annotated[bool, typer.Option("--force", help="Replace an existing plan file.")]
+TargetSpeedup = Annotated[
+    float | None,
+    typer.Option(rich_help_panel="Target", help="How many times as fast the model is to be: 1.5."),
+]
+TargetLatency = Annotated[
+    str | None, typer.Option(rich_help_panel="Target", help="Time of one run at most: 5ms.")
+]
+TargetMacs = Annotated[
+    float | None,
+    typer.Option(rich_help_panel="Target", help="Share of the MACs that may be left: 0.5."),
+]
+TargetParams = Annotated[
+    float | None,
+    typer.Option(rich_help_panel="Target", help="Share of the parameters that may be left: 0.5."),
+]
+MaxDrop = Annotated[
+    float | None,
+    typer.Option(
+        rich_help_panel="Target",
+        help="Points of accuracy that may be lost: the fastest plan that holds it.",
+    ),
+]
+OptionalData = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel="Data",
+        help="Images to predict losses from: `digits`, a folder of class folders, or an .npz of x "
+        "and y. Without it, losses are estimated from the weights.",
+    ),
+]
+PlanImages = Annotated[
+    int,
+    typer.Option(
+        rich_help_panel="Data",
+        min=2,
+        help="Training images to use: half to fit weights to, half to predict losses on.",
+    ),
+]
+PlanSeconds = Annotated[
+    float,
+    typer.Option(
+        rich_help_panel="Data",
+        min=1,
+        help="About how long predicting may take; what is not measured then is interpolated.",
+    ),
+]
+JudgedPlan = Annotated[
+    Path | None,
+    typer.Option("--plan", help="Predict what this plan file does, instead of making a plan."),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        rich_help_panel="Structure",
+        help="Plan and predict only, as `structconv plan` does; writes only plan.json.",
+    ),
+]
+RunBatch = Annotated[
+    int,
+    typer.Option(rich_help_panel="Target", min=1, help="Images per run that it is to be fast for."),
+]
+RunThreads = Annotated[
+    int,
+    typer.Option(
+        rich_help_panel="Target", min=1, help="ONNX Runtime's threads that it is to be fast with."
+    ),
+]

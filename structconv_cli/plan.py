@@ -80,24 +80,55 @@ def read_plan(path: Path) -> Plan:
         PlanError: the file is missing, is not JSON, or an entry is malformed (its place is named).
     """
     try:
-        return PLAN_JSON.validate_json(path.read_bytes())
+        text = path.read_bytes()
+        return PLAN_JSON.validate_json(text)
     except OSError as error:
         raise PlanError(f"cannot read the plan {path}: {error.strerror}.") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        place = _place(path, first["loc"])
+        place, problem = _first_problem(text, error)
         raise PlanError(
-            f"the plan {path} is not valid at {place}: {first['msg']}. Expected "
+            f"the plan {path} is not valid at {place}: {problem}. Expected "
             '{"layers": [{"name": ..., "structure": {"dense": [...], "reduced": [...]}} or '
-            '{"name": ..., "reason": ...}, ...]}, as in the plan.json of a run folder.'
+            '{"name": ..., "reason": ...}, ...]}, as `structconv plan` writes it.'
         ) from None
 
 
-def _place(path: Path, location: tuple[int | str, ...]) -> str:
-    """Where an error is, with the layer's name if the file gives one there."""
+def _first_problem(text: bytes, error: ValidationError) -> tuple[str, str]:
+    """Where the first error is (line, layer, field), and what is wrong there."""
+    problems = error.errors()
+    location = problems[0]["loc"]
+    if len(location) > 1:
+        # An entry is one of two kinds: what is wrong is said of the kind that it meant to be.
+        entry = _entry(text, location[1])
+        kind = "KeptLayer" if "reason" in entry and "structure" not in entry else "LayerPlan"
+        meant = [p for p in problems if p["loc"][:2] == location[:2] and kind in p["loc"]]
+        chosen = (meant or problems)[0]
+        fields = [str(part) for part in chosen["loc"][2:] if part not in ("LayerPlan", "KeptLayer")]
+        name = entry.get("name")
+        words = [f"line {_line(text, location[1])}"]
+        words += [f"layer {name}"] if isinstance(name, str) else [f"entry {location[1]}"]
+        words += [".".join(fields)] if fields else []
+        return ", ".join(words), str(chosen["msg"])
     place = ".".join(str(part) for part in location) or "the top level"
+    return place, str(problems[0]["msg"])
+
+
+def _entry(text: bytes, index: int | str) -> dict[str, object]:
+    """An entry of "layers" as it stands in the file; empty where there is none."""
     try:
-        name = json.loads(path.read_bytes())["layers"][location[1]]["name"]
+        entry = json.loads(text)["layers"][index]
     except (ValueError, LookupError, TypeError):
-        return place
-    return f"{place} (layer {name})"
+        return {}
+    return entry if isinstance(entry, dict) else {}
+
+
+def _line(text: bytes, index: int | str) -> int:
+    """The line on which an entry of "layers" begins, counted from 1."""
+    words = text.decode(errors="replace")
+    decoder = json.JSONDecoder()
+    position = words.index("[", words.index('"layers"')) + 1
+    for number in range(int(index) + 1):
+        position += len(words[position:]) - len(words[position:].lstrip(" \t\r\n,"))
+        if number < int(index):
+            _, position = decoder.raw_decode(words, position)
+    return words.count("\n", 0, position) + 1

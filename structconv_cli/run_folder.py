@@ -63,6 +63,16 @@ class RunFolder:
         return self.path / "plan.json"
 
     @property
+    def prediction(self) -> Path:
+        """What the plan was predicted to do, where it was made for a target: a Prediction."""
+        return self.path / "prediction.json"
+
+    @property
+    def curve(self) -> Path:
+        """The trade-offs there were, as a picture."""
+        return self.path / "prediction.png"
+
+    @property
     def inventory(self) -> Path:
         """The model's layers: an Inventory."""
         return self.path / "layers.json"

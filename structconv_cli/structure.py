@@ -20,16 +20,55 @@ any order. *Balanced*: the sub-case in which all class sums are zero, S = 0, one
 fewer per filter and offset, whose lowered form needs no sum over channels.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
+from typing import Annotated
 
 import torch
+from pydantic import (
+    BeforeValidator,
+    PlainSerializer,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 from torch.nn.functional import pad
 
 from structconv_cli.errors import StructureError
 from structconv_cli.sum_pool import box_sum
+
+
+def _channels(value: object) -> object:
+    """Channel numbers from words such as "0-3,7"; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    found: list[int] = []
+    for word in value.split(",") if value else ():
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", word)
+        if match is None:
+            raise ValueError(f'channels are written as "0-3,7"; found "{word}"')
+        first = int(match[1])
+        last = int(match[2]) if match[2] else first
+        if last - first >= _MOST_CHANNELS:
+            raise ValueError(f'"{word}" are more than {_MOST_CHANNELS} channels')
+        found += range(first, last + 1)
+    return tuple(found)
+
+
+def _words(channels: tuple[int, ...]) -> str:
+    """Channel numbers in few words, as in "0-3,7"; for files that people read."""
+    runs: list[list[int]] = []
+    for channel in channels:
+        if runs and channel == runs[-1][1] + 1:
+            runs[-1][1] = channel
+        else:
+            runs.append([channel, channel])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+_MOST_CHANNELS = 2**20
 
 AxisMap = Callable[[torch.Tensor, int, int], torch.Tensor]
 """Maps one axis of a weight, given the axis and its reduced size."""
@@ -57,8 +96,15 @@ class Structure:
 
     dense: tuple[int, ...]
     reduced: tuple[int, ...]
-    reads: tuple[int, ...] = ()
+    reads: Annotated[
+        tuple[int, ...], BeforeValidator(_channels), PlainSerializer(_words, when_used="json")
+    ] = ()
     balanced: bool = False
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, write: SerializerFunctionWrapHandler) -> dict[str, object]:
+        fields: dict[str, object] = write(self)
+        return {name: value for name, value in fields.items() if value not in ("", (), [], False)}
 
     def __post_init__(self) -> None:
         if len(self.dense) != len(self.reduced) or not self.dense:
@@ -203,7 +249,7 @@ class Structure:
 
     def orthonormal_basis(self) -> tuple[torch.Tensor, ...]:
         """Per axis an orthonormal Q of the basis' range, (dense, m), float64."""
-        return tuple(torch.linalg.qr(matrix).Q for matrix in self.basis())
+        return tuple(torch.linalg.qr(matrix).Q.contiguous() for matrix in self.basis())
 
     def _check(self, tensor: torch.Tensor, sizes: tuple[int, ...]) -> None:
         if tuple(tensor.shape[1:]) != sizes:

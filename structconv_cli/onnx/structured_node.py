@@ -86,7 +86,7 @@ def structured_nodes(
         if structures is None and node.op_type == "MatMul" and not graph.is_constant(node.input[1]):
             # A product of two activations, as in attention: no layer.
             continue
-        obstacle = _obstacle(graph, node)
+        obstacle = layer_obstacle(graph, node)
         if obstacle:
             if structures is not None:
                 raise OnnxError(f"layer {layer} cannot be lowered: {obstacle}.")
@@ -108,7 +108,8 @@ def structured_nodes(
     return found, refused
 
 
-def _obstacle(graph: Graph, node: onnx.NodeProto) -> str:
+def layer_obstacle(graph: Graph, node: onnx.NodeProto) -> str:
+    """Why a Conv, Gemm or MatMul node cannot be a structured layer; empty if it can."""
     weight = graph.constant(node.input[1])
     if weight is None:
         return f"its weight {node.input[1]} is computed in the graph; expected a constant"

@@ -6,6 +6,8 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from structconv_cli.structure import Structure
+
 
 def spaced(parts: Iterable[RenderableType]) -> Iterator[RenderableType]:
     """Parts with an empty line behind each."""
@@ -51,3 +53,12 @@ def big(number: int) -> str:
 def bytes_text(number: int) -> str:
     """A size in MiB or KiB."""
     return f"{number / 2**20:.2f} MiB" if number >= 2**20 else f"{number / 2**10:.0f} KiB"
+
+
+def structure_text(structure: Structure) -> str:
+    """A structure as 64x3x3 → 32x2x2, with letters for what it does to the channels."""
+    letters = ""
+    if structure.reads:
+        letters = "s" if structure.windows[0] == 1 else "o"
+    letters += "b" if structure.balanced else ""
+    return f"{sizes(structure.dense)} → {sizes(structure.reduced)} {letters}".rstrip()

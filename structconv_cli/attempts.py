@@ -1,0 +1,127 @@
+"""The plan that a conversion carries out, fine-tuned; backed off while it loses too much.
+
+What a plan loses after fine-tuning is only known after fine-tuning. So `--max-drop` is a loop: plan
+for the loss that the drop is predicted to stand for, fine-tune, measure, and if more was lost, plan
+for proportionally less.
+"""
+
+from dataclasses import dataclass
+
+import onnx
+import torch
+from torch import nn
+
+from structconv_cli.conversion import ConvertRequest
+from structconv_cli.data.dataset import Dataset
+from structconv_cli.errors import PlanError
+from structconv_cli.finetune import FineTuneResult, finetune
+from structconv_cli.model.inventory import Inventory
+from structconv_cli.onnx.graph import Graph
+from structconv_cli.plan import Plan, read_plan
+from structconv_cli.planner import check_plan, rule_plan
+from structconv_cli.planning.pipeline import training_samples
+from structconv_cli.planning.prediction import Prediction
+from structconv_cli.planning.proposal import Planner
+from structconv_cli.progress import Observer
+
+MOST_ATTEMPTS = 4
+_BACK_OFF = 0.8
+"""Aim below the loss that would do in proportion: small losses are recovered less completely."""
+
+
+@dataclass(frozen=True, eq=False)
+class Attempt:
+    """A plan, fine-tuned.
+
+    Attributes:
+        plan: what was carried out.
+        prediction: what it was predicted to do; None for a plan from a file or a rule.
+        model: the tuned model, its planned weights inside their subspaces.
+        tuning: how it was tuned.
+        notes: what the user should know, one sentence each.
+    """
+
+    plan: Plan
+    prediction: Prediction | None
+    model: nn.Module
+    tuning: FineTuneResult
+    notes: tuple[str, ...] = ()
+
+    @property
+    def drop(self) -> float:
+        """Points of top-1 accuracy lost."""
+        first, last = self.tuning.stages[0], self.tuning.stages[-1]
+        return first.evaluation.accuracy - last.evaluation.accuracy
+
+
+def make_planner(
+    request: ConvertRequest,
+    inventory: Inventory,
+    data: Dataset,
+    original: onnx.ModelProto,
+    observer: Observer,
+) -> Planner:
+    """Measure and predict what there is to choose from."""
+    name = Graph(original).inputs[0]
+    settings = request.proposal
+    samples = training_samples(data, name, request.images, settings.sensitivity.seed)
+    batch = settings.target.batch_size
+    images = data.prepare(data.train.images[:1]).repeat(batch, 1, 1, 1)
+    feeds = {name: images.numpy()}
+    return Planner(original, feeds, samples, settings, inventory.refused, observer)
+
+
+def given_plan(request: ConvertRequest, inventory: Inventory) -> Plan:
+    """The plan of the file, or that of the rule.
+
+    Raises:
+        PlanError: the file's plan does not fit the model; no layer is eligible.
+    """
+    if request.plan_file:
+        return check_plan(read_plan(request.plan_file), inventory.axes, inventory.refused)
+    return rule_plan(inventory, request.n, request.channels)
+
+
+def attempt(
+    request: ConvertRequest,
+    model: nn.Module,
+    inventory: Inventory,
+    data: Dataset,
+    original: onnx.ModelProto,
+    observer: Observer,
+) -> Attempt:
+    """Choose a plan as the request says, and fine-tune the model into it.
+
+    Raises:
+        PlanError: no plan meets the targets, or holds the drop after fine-tuning.
+        TrainingError: fine-tuning fails.
+    """
+    if request.targets.is_empty:
+        with observer.stage("plan"):
+            plan = given_plan(request, inventory)
+            observer.note(f"{len(plan.structures)} of {len(plan.layers)} layers structured")
+        tuned, tuning = finetune(model, plan.structures, data, request.settings, observer)
+        return Attempt(plan, None, tuned, tuning)
+    planner = make_planner(request, inventory, data, original, observer)
+    drop = request.targets.max_drop
+    most_loss = None if drop is None else planner.most_loss(drop)
+    tried: list[str] = []
+    for _ in range(MOST_ATTEMPTS):
+        proposal = planner.propose(request.targets, most_loss)
+        plan = check_plan(proposal.plan, inventory.axes, inventory.refused)
+        observer.note(f"{len(plan.structures)} of {len(plan.layers)} layers structured")
+        with torch.random.fork_rng():
+            tuned, tuning = finetune(model, plan.structures, data, request.settings, observer)
+        found = Attempt(plan, proposal.prediction, tuned, tuning, tuple(tried))
+        if drop is None or found.drop <= drop:
+            return found
+        tried.append(
+            f"a plan {proposal.prediction.speedup:.2f} times as fast lost {found.drop:.2f} points, "
+            f"more than --max-drop {drop:g}, and was given up."
+        )
+        assert most_loss is not None
+        most_loss = _BACK_OFF * min(most_loss, proposal.prediction.loss) * drop / found.drop
+    raise PlanError(
+        f"no plan tried loses at most {drop:g} points after fine-tuning: {' '.join(tried)} "
+        "Tune longer (--epochs), allow a larger --max-drop, or ask for less."
+    )

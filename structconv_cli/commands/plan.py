@@ -1,0 +1,113 @@
+"""`structconv plan`."""
+
+import os
+from pathlib import Path
+
+import typer
+from rich.console import Console
+
+from structconv_cli import options
+from structconv_cli.commands.failures import failures
+from structconv_cli.commands.numbers import parse_floats
+
+
+def plan(
+    model: options.Model,
+    arch: options.OptionalArch = None,
+    arch_arg: options.ArchArg = None,
+    input_shape: options.InputShape = None,
+    out: options.PlanOut = Path("plan.json"),
+    force: options.ForcePlan = False,
+    target_speedup: options.TargetSpeedup = None,
+    target_latency: options.TargetLatency = None,
+    target_macs: options.TargetMacs = None,
+    target_params: options.TargetParams = None,
+    max_drop: options.MaxDrop = None,
+    plan_file: options.JudgedPlan = None,
+    data: options.OptionalData = None,
+    size: options.Size = None,
+    mean: options.Mean = "",
+    std: options.Std = "",
+    val_split: options.ValSplit = None,
+    images: options.PlanImages = 512,
+    seconds: options.PlanSeconds = 120.0,
+    seed: options.Seed = 0,
+    device: options.Device = "cpu",
+    threads: options.Threads = 1,
+    batch_size: options.ImagesPerRun = 1,
+    timings: options.Timings = None,
+    json: options.Json = False,
+) -> None:
+    """Choose each layer's structure by measured time and predicted loss; change nothing.
+
+    Without a target, the best bargain between time and loss is planned.
+    """
+    with failures(written=f"no plan was written to {out}"):
+        from structconv_cli.commands.shapes import parse_shapes
+        from structconv_cli.data.spec import DataSpec
+        from structconv_cli.json_file import to_json
+        from structconv_cli.model.architecture import Architecture, parse_arguments
+        from structconv_cli.onnx.export import INPUT
+        from structconv_cli.onnx.target import Target
+        from structconv_cli.onnx.timing_cache import default_path
+        from structconv_cli.planning.pipeline import PlanFiles, PlanRequest, plan_model
+        from structconv_cli.planning.proposal import ProposalSettings
+        from structconv_cli.planning.sensitivity import SensitivitySettings
+        from structconv_cli.planning.targets import Targets, parse_latency
+        from structconv_cli.report.plan import plan_report
+        from structconv_cli.terminal import observer_for
+
+        shapes = parse_shapes(input_shape or [], only=INPUT)
+        timings = timings or default_path()
+        targets = Targets(
+            target_speedup,
+            parse_latency(target_latency) if target_latency is not None else None,
+            target_macs,
+            target_params,
+            max_drop,
+        )
+        if plan_file is not None and not targets.is_empty:
+            raise typer.BadParameter("--plan predicts a plan as it is; give it without a target.")
+        request = PlanRequest(
+            model=model,
+            architecture=Architecture(arch, parse_arguments(arch_arg or [])) if arch else None,
+            shapes=shapes,
+            data=None
+            if data is None
+            else DataSpec(
+                data,
+                size,
+                parse_floats("--mean", mean),
+                parse_floats("--std", std),
+                val_split,
+                seed,
+            ),
+            images=images,
+            targets=targets,
+            settings=ProposalSettings(
+                Target(device, threads, batch_size),
+                timings,
+                SensitivitySettings(
+                    seconds=seconds,
+                    images=images // 2,
+                    threads=os.cpu_count() or 1,
+                    shapes=shapes,
+                    seed=seed,
+                ),
+                timings.parent / "losses",
+            ),
+            out=out,
+            force=force,
+            given=plan_file,
+        )
+        proposal, notes = plan_model(request, observer_for(Console(stderr=True)))
+        if json:
+            typer.echo(to_json(proposal.prediction), nl=False)
+            return
+        console, files = Console(), PlanFiles(out)
+        console.print(plan_report(proposal.prediction, notes))
+        console.print(
+            f"Wrote [bold]{files.plan}[/], {files.prediction} and {files.picture}. Edit the plan "
+            f"if you like, then: `structconv convert ... --plan {files.plan}`.",
+            highlight=False,
+        )

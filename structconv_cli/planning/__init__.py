@@ -1,0 +1,1 @@
+"""Choosing each layer's structure: what is possible, what it takes, what it costs, what is best."""

@@ -1,0 +1,97 @@
+"""A choice as a plan, what it means for each layer, and why a layer is kept."""
+
+from collections.abc import Mapping
+
+from structconv_cli.plan import KeptLayer, LayerPlan, Plan
+from structconv_cli.planning.choice import Choice
+from structconv_cli.planning.network import Network
+from structconv_cli.planning.options import LayerOptions, ModelOptions
+from structconv_cli.planning.prediction import PredictedLayer
+from structconv_cli.planning.sensitivity import PredictedLoss
+from structconv_cli.structure import Structure
+
+_FASTER = 0.98
+"""A structure that takes more than this share of the dense layer's time is not called faster."""
+
+
+def as_plan(network: Network, options: ModelOptions, choice: Choice) -> Plan:
+    """The plan that a choice makes; layers in the order in which they run."""
+    chosen = dict(zip(network.layers, choice.options, strict=True))
+    offered = {entry.name: entry for entry in options.layers}
+    entries: list[LayerPlan | KeptLayer] = []
+    for name in network.order:
+        if name in network.kept:
+            entries.append(KeptLayer(name, network.kept[name]))
+        elif chosen[name].structure.is_dense:
+            reason = why_kept(network, offered[name], slimmer=chosen[name].sink == "half")
+            entries.append(KeptLayer(name, reason))
+        else:
+            entries.append(LayerPlan(name, chosen[name].structure))
+    return Plan(tuple(entries))
+
+
+def why_kept(network: Network, offered: LayerOptions, *, slimmer: bool) -> str:
+    """Why a layer is kept dense.
+
+    Args:
+        network: the graph.
+        offered: what the layer could have been.
+        slimmer: whether it makes fewer outputs, since nobody reads the others.
+    """
+    layer = network.layers[offered.name]
+    dense = offered.options[0]
+    made = "makes only the channels that are read; for the rest, " if slimmer else ""
+    structured = [option for option in offered.options if not option.structure.is_dense]
+    if not structured:
+        kernel = "x".join(map(str, layer.dense[1:])) or "linear"
+        return f"{made}nothing to reduce in a {kernel} layer: {layer.no_window}"
+    faster = [option for option in structured if option.ms < _FASTER * dense.ms]
+    if not faster:
+        return f"{made}measured: no structure of it is faster here"
+    best = min(faster, key=lambda option: option.loss / (dense.ms - option.ms))
+    reduced = "x".join(map(str, best.structure.reduced))
+    return (
+        f"{made}{reduced} would save {dense.ms - best.ms:.2g} ms for a predicted loss of "
+        f"{best.loss:.2g}: other layers give more for less"
+    )
+
+
+def predicted_layers(
+    network: Network,
+    options: ModelOptions,
+    losses: Mapping[str, Mapping[Structure, PredictedLoss]],
+    choice: Choice,
+) -> tuple[PredictedLayer, ...]:
+    """What a choice does to each layer, in the order in which they run."""
+    chosen = dict(zip(network.layers, choice.options, strict=True))
+    dense = {entry.name: entry.options[0] for entry in options.layers}
+    plan = as_plan(network, options, choice)
+    reasons = {entry.name: entry.reason for entry in plan.kept}
+    found = []
+    for name in network.order:
+        if name in network.kept:
+            found.append(kept_layer(network, name, reasons[name]))
+            continue
+        option = chosen[name]
+        predicted = None if name in reasons else losses[name][option.structure]
+        found.append(
+            PredictedLayer(
+                name=name,
+                structure=None if name in reasons else option.structure,
+                reason=reasons.get(name, ""),
+                before=dense[name].cost,
+                after=option.cost,
+                ms_before=dense[name].ms,
+                ms_after=option.ms,
+                residual=predicted.residual if predicted else 0.0,
+                error=predicted.error if predicted else 0.0,
+                loss=option.loss,
+            )
+        )
+    return tuple(found)
+
+
+def kept_layer(network: Network, name: str, reason: str) -> PredictedLayer:
+    """A layer that cannot be structured at all: it is not timed by itself."""
+    cost = network.kept_costs[name]
+    return PredictedLayer(name, None, reason, cost, cost, None, None, 0.0, 0.0, 0.0)

@@ -1,0 +1,172 @@
+"""From the user's files to a plan file: load, plan, predict, write."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from structconv_cli.data.dataset import Dataset, load_dataset
+from structconv_cli.data.spec import DataSpec
+from structconv_cli.errors import PlanError
+from structconv_cli.json_file import write_json
+from structconv_cli.model.architecture import Architecture, build_model
+from structconv_cli.model.inventory import first_channels
+from structconv_cli.model_graph import load_graph
+from structconv_cli.onnx.example_inputs import Shapes, example_inputs
+from structconv_cli.onnx.export import INPUT
+from structconv_cli.onnx.file import load_onnx
+from structconv_cli.onnx.graph import Graph
+from structconv_cli.plan import read_plan
+from structconv_cli.planner import check_plan
+from structconv_cli.planning.judgement import judge
+from structconv_cli.planning.proposal import Planner, Proposal, ProposalSettings
+from structconv_cli.planning.samples import Samples
+from structconv_cli.planning.targets import Targets
+from structconv_cli.progress import SILENT, Observer
+from structconv_cli.report.curve import draw_curve
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What the user asked for.
+
+    Attributes:
+        model: an .onnx file or a checkpoint.
+        architecture: what builds the model that a checkpoint fits.
+        shapes: sizes of inputs with open axes.
+        data: what to predict losses from; None to estimate them.
+        images: how many images of the data's training part are used.
+        targets: what is to be reached; empty for the best bargain.
+        given: a plan file to predict instead of making a plan; None to make one.
+        settings: where the model is to be fast, and how losses are predicted.
+        out: the plan file.
+        force: whether an existing one is replaced.
+    """
+
+    model: Path
+    architecture: Architecture | None
+    shapes: Shapes
+    data: DataSpec | None
+    images: int
+    targets: Targets
+    settings: ProposalSettings
+    out: Path
+    force: bool = False
+    given: Path | None = None
+
+
+@dataclass(frozen=True)
+class PlanFiles:
+    """What is written: the plan, its prediction, and a picture of the trade-offs."""
+
+    plan: Path
+    prediction: Path = field(init=False)
+    picture: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prediction", self.plan.with_suffix(".prediction.json"))
+        object.__setattr__(self, "picture", self.plan.with_suffix(".png"))
+
+
+def plan_model(
+    request: PlanRequest, observer: Observer = SILENT
+) -> tuple[Proposal, tuple[str, ...]]:
+    """Make a plan and write it; the model is not changed.
+
+    Returns:
+        The plan with its prediction, and one sentence on each part of the model left alone.
+
+    Raises:
+        StructconvError: the input does not allow it, or no plan meets the targets; nothing is
+            written then.
+    """
+    files = PlanFiles(request.out)
+    check_plan_destination(files, force=request.force)
+    data = None
+    if request.data is not None:
+        with observer.stage("data"):
+            data = load_dataset(request.data, channels=_channels(request), progress=observer.steps)
+    with observer.stage("model"):
+        shapes = dict(request.shapes)
+        if data is not None and request.architecture is not None:
+            shapes.setdefault(INPUT, (2, *data.train.images.shape[1:]))
+        graph, notes = load_graph(request.model, request.architecture, shapes)
+        samples = None
+        if data is not None:
+            samples = training_samples(
+                data, Graph(graph).inputs[0], request.images, request.settings.sensitivity.seed
+            )
+        batch = request.settings.target.batch_size
+        if samples is not None and not request.shapes:
+            name, images = next(iter(samples.inputs.items()))
+            shapes = {name: (batch, *images.shape[1:])}
+        feeds = example_inputs(graph, batch, shapes)
+    planner = Planner(graph, feeds, samples, request.settings, observer=observer)
+    if request.given is None:
+        proposal = planner.propose(request.targets)
+    else:
+        axes = {name: layer.dense for name, layer in planner.network.layers.items()}
+        given = check_plan(read_plan(request.given), axes, planner.network.kept)
+        proposal = Proposal(given, judge(planner, given))
+    write_proposal(proposal, files)
+    return proposal, notes
+
+
+def write_proposal(proposal: Proposal, files: PlanFiles) -> None:
+    """Write a plan, its prediction, and the picture; the plan last."""
+    files.plan.parent.mkdir(parents=True, exist_ok=True)
+    write_json(proposal.prediction, files.prediction)
+    draw_curve(proposal.prediction, files.picture)
+    write_json(proposal.plan, files.plan)
+
+
+def training_samples(data: Dataset, name: str, images: int, seed: int) -> Samples:
+    """Some training images with their labels, prepared, as the input `name`.
+
+    The validation part stays out of it, so that what it says of the result is not flattered.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(data.train), generator=generator)[:images]
+    prepared = data.prepare(data.train.images[chosen]).numpy()
+    labels = data.train.labels[chosen].numpy().astype(np.int64)
+    return Samples({name: prepared}, labels)
+
+
+def _channels(request: PlanRequest) -> int:
+    """Channels of the images that the model takes."""
+    if request.architecture is None:
+        graph = Graph(load_onnx(request.model))
+        if len(graph.inputs) != 1:
+            raise PlanError(
+                f"the model has the inputs {', '.join(graph.inputs)}; --data gives images to a "
+                "model of one input. Leave it out to plan without data."
+            )
+        shape = graph.shape(graph.inputs[0]) or ()
+        if len(shape) == 4 and shape[1]:
+            return shape[1]
+        found = "x".join(map(str, shape))
+        raise PlanError(
+            f"the model's input {graph.inputs[0]} has the shape {found or 'of no size'}; --data "
+            "gives images, (batch, channels, height, width) with a fixed number of channels. Leave "
+            "it out to plan without data."
+        )
+    channels = first_channels(build_model(request.architecture))
+    if channels is None:
+        raise PlanError("the model has no convolution, so there is nothing to plan.")
+    return channels
+
+
+def check_plan_destination(files: PlanFiles, *, force: bool) -> None:
+    """Refuse to replace a plan that somebody may have edited, unless that is wanted.
+
+    Raises:
+        PlanError: the plan file exists, or is a folder.
+    """
+    if files.plan.is_dir():
+        raise PlanError(f"{files.plan} is a folder; give the plan file's name with --out.")
+    if files.plan.exists() and not force:
+        raise PlanError(
+            f"{files.plan} exists, and may have been edited. Give another --out, or --force to "
+            "replace it."
+        )

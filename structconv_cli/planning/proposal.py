@@ -1,0 +1,304 @@
+"""A plan for a dense graph: candidates timed and predicted, the best choice, what it would do."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+
+from structconv_cli.cost import Cost
+from structconv_cli.errors import PlanError
+from structconv_cli.onnx.measure import Measure
+from structconv_cli.onnx.probe import why_not_loaded
+from structconv_cli.onnx.target import Target
+from structconv_cli.onnx.timing_cache import TimingCache
+from structconv_cli.plan import Plan
+from structconv_cli.planning.choice import Choice
+from structconv_cli.planning.explanation import as_plan, predicted_layers
+from structconv_cli.planning.goal import Clock, curve, fastest, solve
+from structconv_cli.planning.latency import measure_latency
+from structconv_cli.planning.loss_cache import cached_losses
+from structconv_cli.planning.network import Feeds, Network
+from structconv_cli.planning.options import ModelOptions, model_options
+from structconv_cli.planning.prediction import CurvePoint, PredictedLayer, Prediction
+from structconv_cli.planning.realise import realise
+from structconv_cli.planning.samples import Samples, check_samples
+from structconv_cli.planning.sensitivity import (
+    Predictions,
+    SensitivitySettings,
+    predict_losses,
+)
+from structconv_cli.planning.structures import choose_channels, situations
+from structconv_cli.planning.targets import Targets
+from structconv_cli.progress import SILENT, Observer
+from structconv_cli.timing.execution_provider import require_provider
+
+REMAINS = 0.1
+"""Share of the predicted drop that is expected to be left after fine-tuning, where nothing is known
+yet. Only a start: what a conversion really loses is measured, and the plan backed off."""
+
+_MISSED, _OVERDONE = 1.02, 0.95
+"""How far measured times may lie from the target before the plan is made anew."""
+_CORRECTIONS = 4
+
+
+@dataclass(frozen=True, eq=False)
+class ProposalSettings:
+    """How to make a plan.
+
+    Attributes:
+        target: where the model is to be fast.
+        timings: file of known timings; None for none.
+        sensitivity: how to predict losses.
+        losses: folder of known predictions; None for none.
+        remains: share of the predicted drop that is expected to be left after fine-tuning.
+    """
+
+    target: Target = field(default_factory=Target)
+    timings: Path | None = None
+    sensitivity: SensitivitySettings = field(default_factory=SensitivitySettings)
+    losses: Path | None = None
+    remains: float = REMAINS
+
+
+@dataclass(frozen=True, eq=False)
+class Proposal:
+    """A plan, and what it is predicted to do."""
+
+    plan: Plan
+    prediction: Prediction
+
+
+class Planner:
+    """Plans for one graph: what is measured and predicted once serves any number of targets.
+
+    Args:
+        model: the dense graph, batch norms folded.
+        feeds: an input of the real shapes, by name; its images are the target's batch.
+        samples: data to predict losses from; None to estimate them from weights and noise.
+        settings: how.
+        refused: layers that must be kept, each with the reason.
+        observer: is told of the stages.
+
+    Raises:
+        PlanError: nothing in the graph can be structured, or the samples do not fit it.
+        OnnxError: ONNX Runtime cannot run the graph.
+    """
+
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        feeds: Feeds,
+        samples: Samples | None,
+        settings: ProposalSettings,
+        refused: Mapping[str, str] | None = None,
+        observer: Observer = SILENT,
+    ) -> None:
+        self.feeds, self.samples, self.settings, self.observer = feeds, samples, settings, observer
+        require_provider(settings.target.device, onnxruntime.get_available_providers())
+        problem = why_not_loaded(model)
+        if problem:
+            raise PlanError(f"the model cannot be timed, so nothing can be planned: {problem}")
+        if samples is not None:
+            check_samples(model, samples)
+        self.network = network = Network(model, feeds, refused)
+        if not network.layers:
+            reasons = "; ".join(f"{name}: {why}" for name, why in list(network.kept.items())[:3])
+            raise PlanError(
+                "no layer of this model can be structured: "
+                f"{reasons or 'it has no convolution or linear layer'}."
+            )
+        self.cache = TimingCache(settings.timings, settings.target.environment)
+        with observer.stage("timing of candidates"):
+            self.latency = measure_latency(network, settings.target, feeds, self.cache, observer)
+            self.cache.save()
+        channels = choose_channels(network, samples, settings.sensitivity.threads)
+        self.structures = situations(network, self.latency, channels)
+        candidates = {
+            name: tuple(dict.fromkeys(meaning.values()))
+            for name, meaning in self.structures.items()
+        }
+        self.losses: Predictions = cached_losses(
+            settings.losses,
+            (model, candidates, samples, settings.sensitivity),
+            lambda: predict_losses(model, candidates, samples, settings.sensitivity, observer),
+        )
+        self.options: ModelOptions = model_options(
+            network, self.latency, self.structures, self.losses
+        )
+        with observer.stage("the fastest plan"):
+            self.fastest = fastest(self.options)
+            self.dense_ms, self.clock = self._clock()
+
+    @property
+    def points_per_loss(self) -> float | None:
+        """Points of accuracy that go with a loss of 1; None without labelled data."""
+        every = [found for each in self.losses.values() for found in each.values()]
+        measured = [(p.loss, p.points) for p in every if p.how == "measured"]
+        pairs = [(loss, points) for loss, points in measured if points is not None]
+        total = sum(loss for loss, _ in pairs)
+        return sum(points for _, points in pairs) / total if total > 0 else None
+
+    def most_loss(self, drop: float) -> float:
+        """The predicted loss that is expected to leave this drop (points) after fine-tuning.
+
+        Raises:
+            PlanError: there were no labelled samples.
+        """
+        per_loss = self.points_per_loss
+        if per_loss is None:
+            raise PlanError(
+                "--max-drop is about accuracy, which takes labelled images to predict: give "
+                "--data, or another target."
+            )
+        return drop / (max(per_loss, 1e-9) * self.settings.remains)
+
+    def propose(self, targets: Targets, most_loss: float | None = None) -> Proposal:
+        """The best plan for some targets; without any, the one at the bend of the curve.
+
+        Args:
+            targets: what is to be reached.
+            most_loss: the loss that stands for `targets.max_drop`, where experience has shown a
+                better one than is predicted.
+
+        Raises:
+            PlanError: no plan meets them.
+        """
+        if most_loss is None and targets.max_drop is not None:
+            most_loss = self.most_loss(targets.max_drop)
+        with self.observer.stage("choice"):
+            if targets.is_empty:
+                choice, measured = self._bend(), None
+                if any(not option.structure.is_dense for option in choice.options):
+                    measured = self._measured(choice)
+            else:
+                choice, measured = self._checked(targets, most_loss)
+            self.cache.save()
+        prediction = self.predicted(
+            layers=predicted_layers(self.network, self.options, self.losses, choice),
+            cost=choice.cost,
+            ms=self.clock.whole(choice.ms),
+            measured_ms=measured,
+            loss=choice.loss,
+            targets=targets,
+        )
+        return Proposal(as_plan(self.network, self.options, choice), prediction)
+
+    @cached_property
+    def curve(self) -> tuple[Choice, ...]:
+        """The best trade-offs between time and loss, slowest first."""
+        return curve(self.options, self.fastest)
+
+    def _clock(self) -> tuple[float, Clock]:
+        """The dense model's time, and how sums of nodes become times of models."""
+        dense, quick = self.options.dense_ms, self.fastest.ms
+        if all(option.structure.is_dense for option in self.fastest.options):
+            return dense, Clock()
+        times = self._whole({"fastest": self.fastest})
+        if quick > 0.95 * dense:
+            return times["dense"], Clock(0.0, times["dense"] / dense)
+        factor = (times["dense"] - times["fastest"]) / (dense - quick)
+        if not 0.5 < factor < 2:
+            factor = times["dense"] / dense
+        return times["dense"], Clock(times["dense"] - factor * dense, factor)
+
+    def _whole(self, choices: Mapping[str, Choice]) -> dict[str, float]:
+        """Times (ms) of the dense model and of some choices, in turns."""
+        models = {name: realise(self.network, choice) for name, choice in choices.items()}
+        measure = Measure(
+            self.network.alternatives({}), self.settings.target, self.feeds, self.cache
+        )
+        return measure.whole({"dense": self.network.graph.model, **models})
+
+    def _measured(self, choice: Choice) -> float:
+        """A choice's time (ms), scaled to the dense model's first one: machines drift."""
+        times = self._whole({"planned": choice})
+        return self.dense_ms * times["planned"] / times["dense"]
+
+    def _checked(self, targets: Targets, most_loss: float | None) -> tuple[Choice, float | None]:
+        """The choice for some targets; one for time is measured, and chosen anew if it misses."""
+        choice = solve(self.options, targets, self.clock, most_loss)
+        if not any(not option.structure.is_dense for option in choice.options):
+            return choice, None
+        measured = self._measured(choice)
+        wanted = targets.latency_ms
+        if targets.speedup is not None:
+            wanted = self.dense_ms / targets.speedup
+        if wanted is None:
+            return choice, measured
+        best, correction = (choice, measured), 1.0
+        for _ in range(_CORRECTIONS):
+            if _OVERDONE * wanted <= measured <= _MISSED * wanted:
+                break
+            correction *= measured / (self.clock.whole(choice.ms) * correction)
+            again = solve(self.options, targets, self.clock, most_loss, correction)
+            if again == choice:
+                break
+            choice, measured = again, self._measured(again)
+            if abs(np.log(measured / wanted)) < abs(np.log(best[1] / wanted)):
+                best = choice, measured
+        return best
+
+    def _bend(self) -> Choice:
+        """Where the curve is farthest from the line between its ends: the best bargain."""
+        points = self.curve
+        dense, quick = self.options.dense_ms, points[-1].ms
+        most = max(points[-1].loss, 1e-12)
+        if quick >= dense:
+            return points[-1]
+
+        def gain(point: Choice) -> float:
+            return (dense - point.ms) / (dense - quick) - point.loss / most
+
+        return max(points, key=gain)
+
+    def predicted(
+        self,
+        *,
+        layers: tuple[PredictedLayer, ...],
+        cost: Cost,
+        ms: float,
+        measured_ms: float | None,
+        loss: float,
+        targets: Targets,
+    ) -> Prediction:
+        """A prediction with what is the same for all plans of this graph."""
+        per_loss = self.points_per_loss
+        dense = self.dense_ms
+        return Prediction(
+            layers=layers,
+            before=self.options.dense_cost,
+            after=cost,
+            ms_before=dense,
+            ms_after=ms,
+            measured_ms=measured_ms,
+            loss=loss,
+            points=None if per_loss is None else per_loss * loss,
+            loss_is=self._loss_is(),
+            curve=tuple(
+                CurvePoint(
+                    self.clock.whole(point.ms),
+                    dense / self.clock.whole(point.ms),
+                    point.loss,
+                    point.cost.multiplications,
+                    point.cost.parameters,
+                )
+                for point in self.curve
+            ),
+            targets=targets,
+            environment=self.settings.target.environment,
+            images=self.samples.count if self.samples is not None else 0,
+        )
+
+    def _loss_is(self) -> str:
+        if self.samples is None:
+            return (
+                "an estimate without data: the divergence of the model's outputs on noise, by the "
+                "part of each weight that its structure cannot hold"
+            )
+        if self.samples.labels is not None:
+            return "rise of the cross-entropy (nats)"
+        return "divergence of the model's outputs from the original's"

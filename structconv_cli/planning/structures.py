@@ -1,0 +1,90 @@
+"""What each candidate means for each layer, its channels chosen from weights and data."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from structconv_cli.planning.candidates import structure_of
+from structconv_cli.planning.channel_choice import (
+    Floats,
+    channel_moments,
+    pair_channels,
+    readers_filters,
+    select_channels,
+)
+from structconv_cli.planning.latency import Latency, Situation
+from structconv_cli.planning.network import Network
+from structconv_cli.planning.samples import Samples
+from structconv_cli.structure import Structure
+
+_IMAGES = 64
+"""Images that the choice of channels looks at: second moments of channels need no more."""
+
+
+@dataclass(frozen=True)
+class ChosenChannels:
+    """One space's channels.
+
+    Attributes:
+        selected: those that a selection keeps.
+        window: the order in which windows take them.
+    """
+
+    selected: tuple[int, ...]
+    window: tuple[int, ...]
+
+
+def choose_channels(
+    network: Network, samples: Samples | None, threads: int
+) -> dict[str, ChosenChannels]:
+    """Choose channels for every space whose channels are free, by its name.
+
+    Args:
+        network: the dense graph.
+        samples: data; None to choose by the weights alone.
+        threads: of ONNX Runtime.
+    """
+    moments: Mapping[str, Floats] = {}
+    if samples is not None and network.selectable:
+        feeds = samples.part(slice(0, _IMAGES)).inputs
+        model = network.graph.model
+        moments = channel_moments(model, list(network.selectable), feeds, threads=threads)
+    chosen = {}
+    for name, keep in network.selectable.items():
+        weights = [
+            np.asarray(layer.weight.numpy(), np.float64)
+            for layer in network.layers.values()
+            if layer.source == name
+        ]
+        filters = readers_filters(weights, moments.get(name))
+        chosen[name] = ChosenChannels(
+            select_channels(filters, moments.get(name), keep),
+            pair_channels(filters, moments.get(name)),
+        )
+    return chosen
+
+
+def situations(
+    network: Network, latency: Latency, channels: Mapping[str, ChosenChannels]
+) -> dict[str, dict[Situation, Structure]]:
+    """The structure that every timed situation means, by layer; the dense one first.
+
+    Args:
+        network: the dense graph.
+        latency: whose situations.
+        channels: chosen for the spaces whose channels are free.
+    """
+    found: dict[str, dict[Situation, Structure]] = {}
+    for name, times in latency.layers.items():
+        layer = network.layers[name]
+        free = channels.get(layer.source or "")
+        meaning = {}
+        for situation in times:
+            reads: tuple[int, ...] = ()
+            if situation.candidate.channels != "all" and free is not None:
+                selected = situation.candidate.channels == "selected"
+                reads = free.selected if selected else free.window
+            meaning[situation] = structure_of(layer.dense, situation.candidate, reads)
+        found[name] = meaning
+    return found
