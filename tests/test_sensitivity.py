@@ -15,9 +15,11 @@ from scipy.special import log_softmax
 
 from structconv_cli.errors import PlanError, StructconvError
 from structconv_cli.planning import sensitivity
+from structconv_cli.planning.activations import second_moments
 from structconv_cli.planning.allotment import allot, interpolate, spread
 from structconv_cli.planning.divergence import Original
 from structconv_cli.planning.evaluation import Run
+from structconv_cli.planning.least_squares import fit
 from structconv_cli.planning.samples import Samples
 from structconv_cli.planning.sensitivity import (
     PredictedLoss,
@@ -114,6 +116,28 @@ def with_weight(model: onnx.ModelProto, name: str, weight: np.ndarray) -> onnx.M
     return other
 
 
+def replaced(
+    model: onnx.ModelProto, layer: str, structure: Structure, x: np.ndarray
+) -> onnx.ModelProto:
+    """The model with a layer's weight and bias fitted to images."""
+    weight = torch.from_numpy(constants()[f"{layer}.weight"]).float().double()
+    kept = weight.T if layer == HEAD else weight
+    bias = torch.from_numpy(constants().get(f"{layer}.bias", np.zeros(len(kept)))).float().double()
+    (moments,) = second_moments(model, [layer], {"x": x}).values()
+    found = fit(kept, bias, structure, moments)
+    fitted = found.weight.T if layer == HEAD else found.weight
+    changed = with_weight(model, f"{layer}.weight", fitted.numpy())
+    if f"{layer}.bias" in constants():
+        return with_weight(changed, f"{layer}.bias", found.bias.numpy())
+    (node,) = (n for n in changed.graph.node if f"{layer}.weight" in n.input)
+    shift = (found.bias - bias).reshape(-1, *([] if layer == HEAD else [1, 1])).numpy()
+    changed.graph.initializer.append(numpy_helper.from_array(shift.astype(np.float32), "shift"))
+    output, node.output[0] = node.output[0], "unshifted"
+    place = list(changed.graph.node).index(node) + 1
+    changed.graph.node.insert(place, helper.make_node("Add", ["unshifted", "shift"], [output]))
+    return changed
+
+
 def flat(found: Mapping[str, Mapping[Structure, PredictedLoss]]) -> list[PredictedLoss]:
     return [entry for layer in found.values() for entry in layer.values()]
 
@@ -137,15 +161,12 @@ def test_every_candidate_is_measured_when_there_is_time() -> None:
 @pytest.mark.parametrize("layer", [CONV, FREE, HEAD])
 @pytest.mark.parametrize("softmax", [False, True])
 def test_what_is_measured_is_the_model_with_that_layer_replaced(layer: str, softmax: bool) -> None:
-    # Images of noise and no data to fit to: the replaced weight is the plain projection.
+    # One run's worth of images serves both to fit and to evaluate.
     model = network(batch=16, softmax=softmax)
     structure = CANDIDATES[layer][-1]
-    found = predict_losses(model, {layer: [structure]}, None)[layer][structure]
-    weight = torch.from_numpy(constants()[f"{layer}.weight"]).float().double()
-    kept = weight.T if layer == HEAD else weight
-    projected = structure.project(kept).numpy()
-    changed = with_weight(model, f"{layer}.weight", projected.T if layer == HEAD else projected)
-    x = np.random.default_rng(0).standard_normal((16, 2, 8, 8)).astype(np.float32)
+    x = images(16)
+    found = predict_losses(model, {layer: [structure]}, Samples({"x": x}))[layer][structure]
+    changed = replaced(model, layer, structure, x)
     before, after = outputs(model, x).astype(np.float64), outputs(changed, x).astype(np.float64)
     if softmax:
         before, after = np.log(before), np.log(after)
@@ -153,9 +174,18 @@ def test_what_is_measured_is_the_model_with_that_layer_replaced(layer: str, soft
     divergence = (np.exp(before) * (before - after)).sum(1).mean()
     assert divergence > 1e-3
     assert found.loss == pytest.approx(divergence, rel=1e-4)
-    assert found.how == "weights"
+    assert found.how == "measured"
     assert found.points is None
-    assert found.error == pytest.approx(structure.residual(kept) ** 2, rel=1e-6)
+
+
+def test_without_data_losses_are_squared_residuals() -> None:
+    found = predict_losses(network(), CANDIDATES, None)
+    assert {layer: list(entries) for layer, entries in found.items()} == CANDIDATES
+    for layer, entries in found.items():
+        weight = torch.from_numpy(constants()[f"{layer}.weight"]).float()
+        for structure, entry in entries.items():
+            residual = structure.residual(weight.T if layer == HEAD else weight)
+            assert entry == PredictedLoss(residual**2, None, residual**2, residual, "weights")
 
 
 def test_the_rise_is_that_of_cross_entropy_and_the_points_those_of_accuracy() -> None:
@@ -167,17 +197,21 @@ def test_the_rise_is_that_of_cross_entropy_and_the_points_those_of_accuracy() ->
     def entropy(scores: np.ndarray) -> float:
         return float(torch.nn.functional.cross_entropy(torch.tensor(scores), torch.tensor(labels)))
 
-    assert rise == pytest.approx(entropy(after) - entropy(before), rel=1e-5)
+    assert entropy(after) < entropy(before)  # these labels happen to like the change
+    logs = [log_softmax(scores.astype(np.float64), 1) for scores in (before, after)]
+    divergence = (np.exp(logs[0]) * (logs[0] - logs[1])).sum(1).mean()
+    assert rise == pytest.approx(0.1 * divergence, rel=1e-6)
+    back, _ = Original([after], labels, False).rise([before])
+    assert back == pytest.approx(entropy(before) - entropy(after), rel=1e-5)
     right = [(scores.argmax(1) == labels).mean() for scores in (before, after)]
     assert points == pytest.approx(100 * (right[0] - right[1]))
 
 
 def test_outputs_that_are_no_classes_are_compared_by_their_squared_difference() -> None:
-    model, structure = network(kind="image"), STRUCTURES[2]
-    found = predict_losses(model, {CONV: [structure]}, None)[CONV][structure]
-    weight = torch.from_numpy(constants()[f"{CONV}.weight"]).float().double()
-    changed = with_weight(model, f"{CONV}.weight", structure.project(weight).numpy())
-    x = np.random.default_rng(0).standard_normal((16, 2, 8, 8)).astype(np.float32)
+    model, structure = network(batch=16, kind="image"), STRUCTURES[2]
+    x = images(16)
+    found = predict_losses(model, {CONV: [structure]}, Samples({"x": x}))[CONV][structure]
+    changed = replaced(model, CONV, structure, x)
     before, after = outputs(model, x), outputs(changed, x)
     relative = np.square(after - before).mean() / before.var(0).mean()
     assert found.loss == pytest.approx(relative, rel=1e-3)
@@ -230,9 +264,8 @@ def test_without_time_one_candidate_of_each_layer_is_measured() -> None:
 
 @pytest.mark.parametrize("samples", [None, labelled()])
 def test_the_same_again(samples: Samples | None) -> None:
-    how = SensitivitySettings(shapes={"x": (1, 2, 8, 8)})
-    first = predict_losses(network(), CANDIDATES, samples, how)
-    assert first == predict_losses(network(), CANDIDATES, samples, how)
+    first = predict_losses(network(), CANDIDATES, samples)
+    assert first == predict_losses(network(), CANDIDATES, samples)
 
 
 def test_weights_are_fitted_to_other_images_than_those_that_are_run(

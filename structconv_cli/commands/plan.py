@@ -91,7 +91,6 @@ def plan(
                     seconds=seconds,
                     images=images // 2,
                     threads=os.cpu_count() or 1,
-                    shapes=shapes,
                     seed=seed,
                 ),
                 timings.parent / "losses",

@@ -15,6 +15,7 @@ Array = npt.NDArray[np.generic]
 Floats = npt.NDArray[np.float64]
 
 _LEAST_PROBABILITY = 1e-30
+_LEAST_OF_DIVERGENCE = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +41,8 @@ class Original:
     def rise(self, outputs: Sequence[Array]) -> tuple[float, float | None]:
         """The rise in loss, and top-1 points lost (None without labels).
 
-        The loss is cross-entropy where there are labels; else the divergence KL(original ||
+        The loss is cross-entropy where there are labels, a tenth of the divergence at least: on few
+        images a change may seem to help. Without labels it is the divergence KL(original ||
         changed) of a classifier's outputs; else the squared difference of the outputs relative to
         their variance around the mean image's. In nats, in nats, and without unit.
         """
@@ -48,12 +50,16 @@ class Original:
             found = self._log_probabilities(outputs[0])
             rows = np.arange(len(found))
             rise = (self._log[rows, self.labels] - found[rows, self.labels]).mean()
+            rise = max(rise, _LEAST_OF_DIVERGENCE * self._divergence(found))
             lost = self._right.mean() - (found.argmax(1) == self.labels).mean()
             return float(rise), 100 * float(lost)
         if self.classifies:
-            apart = self._log - self._log_probabilities(outputs[0])
-            return float((np.exp(self._log) * apart).sum(1).mean()), None
+            return self._divergence(self._log_probabilities(outputs[0])), None
         return float(np.mean([_relative(a, b) for a, b in self._floats(outputs)])), None
+
+    def _divergence(self, log_probabilities: Floats) -> float:
+        apart = self._log - log_probabilities
+        return float((np.exp(self._log) * apart).sum(1).mean())
 
     @cached_property
     def _log(self) -> Floats:

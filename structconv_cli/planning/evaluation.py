@@ -9,7 +9,6 @@ import onnx
 import onnxruntime
 
 from structconv_cli.errors import PlanError
-from structconv_cli.onnx.example_inputs import Shapes, example_inputs
 from structconv_cli.onnx.probe import run_fed
 from structconv_cli.planning.divergence import Original, ends_in_softmax
 from structconv_cli.planning.replacement import session
@@ -84,17 +83,6 @@ def outputs_on(model: onnx.ModelProto, samples: Samples, run: Run) -> list[Array
         for start in range(0, samples.count, batch)
     ]
     return [np.concatenate(part) for part in zip(*parts, strict=True)]
-
-
-def noise(model: onnx.ModelProto, images: int, shapes: Shapes, seed: int) -> Samples:
-    """Normal noise for a model's inputs: as many images, or a few more where its batch is fixed.
-
-    Raises:
-        OnnxError: an open axis other than the first has no size in `shapes`.
-    """
-    rounds = -(-images // (images_per_run(model) or images))
-    parts = [example_inputs(model, images, shapes, seed + i) for i in range(rounds)]
-    return Samples({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
 
 
 def _batch(model: onnx.ModelProto, feeds: Feeds) -> int:

@@ -42,6 +42,8 @@ def why_kept(network: Network, offered: LayerOptions, *, slimmer: bool) -> str:
     dense = offered.options[0]
     made = "makes only the channels that are read; for the rest, " if slimmer else ""
     structured = [option for option in offered.options if not option.structure.is_dense]
+    if not structured and any(size > 1 for size in layer.dense[1:]):
+        return f"{made}first convolution: the most sensitive; how much so, only data would tell"
     if not structured:
         kernel = "x".join(map(str, layer.dense[1:])) or "linear"
         return f"{made}nothing to reduce in a {kernel} layer: {layer.no_window}"

@@ -116,7 +116,7 @@ class Planner:
             self.latency = measure_latency(network, settings.target, feeds, self.cache, observer)
             self.cache.save()
         channels = choose_channels(network, samples, settings.sensitivity.threads)
-        self.structures = situations(network, self.latency, channels)
+        self.structures = situations(network, self.latency, channels, without_first=samples is None)
         candidates = {
             name: tuple(dict.fromkeys(meaning.values()))
             for name, meaning in self.structures.items()
@@ -295,10 +295,7 @@ class Planner:
 
     def _loss_is(self) -> str:
         if self.samples is None:
-            return (
-                "an estimate without data: the divergence of the model's outputs on noise, by the "
-                "part of each weight that its structure cannot hold"
-            )
+            return "an estimate without data: squared residuals of the weights, added up"
         if self.samples.labels is not None:
             return "rise of the cross-entropy (nats)"
         return "divergence of the model's outputs from the original's"

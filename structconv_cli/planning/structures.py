@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from structconv_cli.planning.candidates import structure_of
+from structconv_cli.planning.candidates import Candidate, structure_of
 from structconv_cli.planning.channel_choice import (
     Floats,
     channel_moments,
@@ -66,7 +66,11 @@ def choose_channels(
 
 
 def situations(
-    network: Network, latency: Latency, channels: Mapping[str, ChosenChannels]
+    network: Network,
+    latency: Latency,
+    channels: Mapping[str, ChosenChannels],
+    *,
+    without_first: bool = False,
 ) -> dict[str, dict[Situation, Structure]]:
     """The structure that every timed situation means, by layer; the dense one first.
 
@@ -74,13 +78,18 @@ def situations(
         network: the dense graph.
         latency: whose situations.
         channels: chosen for the spaces whose channels are free.
+        without_first: whether the first convolution stays dense: it is the most sensitive one, and
+            its weights alone do not tell.
     """
     found: dict[str, dict[Situation, Structure]] = {}
+    first = next((x.name for x in network.layers.values() if x.spec.kind != "linear"), None)
     for name, times in latency.layers.items():
         layer = network.layers[name]
         free = channels.get(layer.source or "")
         meaning = {}
         for situation in times:
+            if without_first and name == first and situation.candidate != Candidate():
+                continue
             reads: tuple[int, ...] = ()
             if situation.candidate.channels != "all" and free is not None:
                 selected = situation.candidate.channels == "selected"

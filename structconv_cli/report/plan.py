@@ -31,11 +31,15 @@ def plan_report(prediction: Prediction, notes: Sequence[str] = ()) -> Renderable
 
 def _layers(prediction: Prediction) -> Table:
     table = Table(
-        title="Structured layers", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+        title="Structured layers",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
     )
     table.add_column("layer", overflow="fold")
     table.add_column("structure", overflow="fold")
-    for column in ("MACs", "ms", "residual", "loss"):
+    for column in ("MACs", "params", "ms", "resid.", "loss"):
         table.add_column(column, justify="right", no_wrap=True)
     for layer in prediction.layers:
         if layer.structure is None:
@@ -43,7 +47,8 @@ def _layers(prediction: Prediction) -> Table:
         table.add_row(
             escape(layer.name),
             structure_text(layer.structure),
-            f"{big(layer.before.multiplications)} → {big(layer.after.multiplications)}",
+            _change(layer.before.multiplications, layer.after.multiplications),
+            _change(layer.before.parameters, layer.after.parameters),
             _times(layer),
             f"{layer.residual:.2f}",
             f"{layer.loss:.2g}",
@@ -54,7 +59,15 @@ def _layers(prediction: Prediction) -> Table:
 def _times(layer: PredictedLayer) -> str:
     if layer.ms_before is None or layer.ms_after is None:
         return ""
-    return f"{layer.ms_before:.3g} → {layer.ms_after:.3g}"
+    return f"{layer.ms_before:.2g}→{layer.ms_after:.2g}"
+
+
+def _change(before: int, after: int) -> str:
+    """Before and after in few characters, the unit said once."""
+    for factor, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if before >= factor:
+            return f"{before / factor:.3g}→{after / factor:.2g}{unit}"
+    return f"{before}→{after}"
 
 
 def _curve(prediction: Prediction) -> Table:
@@ -107,7 +120,7 @@ def _setting(prediction: Prediction) -> str:
         else "no data was given"
     )
     return (
-        f"Loss: {prediction.loss_is}; {source}. Residual: share of the weight's norm outside its "
+        f"Loss: {prediction.loss_is}; {source}. resid.: share of the weight's norm outside its "
         "structure. Structure: input channels and kernel, before → after; s: these channels are "
         "selected, o: windows take them in another order, b: balanced windows. Times of layers are "
         f"inside the whole model; {prediction.environment}."
