@@ -230,7 +230,14 @@ class Study:
     def data(self) -> Dataset:
         if self._data is None:
             spec = DataSpec(str(self.options.data), mean=MEAN, std=STD)
-            self._data = load_dataset(spec, channels=3)
+            data = load_dataset(spec, channels=3)
+            count = min(self.options.train_images, len(data.train))
+            chosen = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(1))
+            some = Split(data.train.images[chosen[:count]], data.train.labels[chosen[:count]])
+            left = slice(0, None, max(1, len(data.val) // self.options.test_images))
+            self._data = replace(
+                data, train=some, val=Split(data.val.images[left], data.val.labels[left])
+            )
         return self._data
 
     def model(self) -> nn.Module:
@@ -263,7 +270,7 @@ class Study:
         file = self.folder / "uniform.json"
         if not file.exists():
             files = {ORIGINAL: self.folder / f"{ORIGINAL}.onnx"}
-            for name in UNIFORM:
+            for name in dict.fromkeys((*self.options.targets, *self.options.uniform)):
                 model = self.model()
                 structures = uniform_structures(model, name)
                 project_weights(model, structures)
@@ -281,7 +288,7 @@ class Study:
             if file.exists():
                 continue
             found, unreachable = [], []
-            for way in WAYS:
+            for way in (way for way in WAYS if way.way in self.options.ways):
                 met = self._meet(target, way)
                 if met is None:
                     unreachable.append(way.way)
@@ -365,7 +372,7 @@ class Study:
         fast = {
             name: uniform_structures(self.model(), name)
             for name, gain in gains.items()
-            if gain.median >= least
+            if gain.median >= least and name in self.options.uniform
         }
         found = [
             Variant(name, structures)
@@ -572,6 +579,13 @@ def parse() -> argparse.Namespace:
     add("--checkpoints", type=Path, default=ROOT.parent / "shared" / "checkpoints")
     add("--targets", nargs="+", choices=list(UNIFORM), default=["2x2", "2x1"], metavar="NAME",
         help=f"of {', '.join(UNIFORM)} (default: 2x2 2x1)")  # fmt: skip
+    add("--uniform", nargs="+", choices=list(UNIFORM), default=list(UNIFORM), metavar="NAME",
+        help="uniform structures that compete (default: all)")  # fmt: skip
+    add("--ways", nargs="+", choices=[way.way for way in WAYS], metavar="WAY",
+        default=[way.way for way in WAYS], help="of pruning to try (default: all)")  # fmt: skip
+    add("--train-images", type=int, default=50_000, help="of the fine-tune (default: all)")
+    add("--test-images", type=int, default=10_000, help="evenly chosen (default: all)")
+    add("--torch-threads", type=int, default=1)
     add("--epochs", type=int, default=3, help="of the fine-tune (default: 3)")
     add("--adapt-epochs", type=int, default=2, help="of the original ResNet-56 (default: 2)")
     add("--seed", type=int, default=0, help="of the fine-tune")
@@ -583,7 +597,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.torch_threads)
     study = Study(options.network, options)
     for part in PARTS if "all" in options.parts else options.parts:
         print(f"== {part}", flush=True)

@@ -51,7 +51,6 @@ ROOT = Path(__file__).parents[1]
 CHECKPOINTS = ROOT.parent / "shared" / "checkpoints"
 KERNELS = ((3, 3), (2, 3), (3, 2), (2, 2), (1, 3), (3, 1), (1, 1))
 CALIBRATION = 1024
-SHAPES = {"input": (1, 3, 32, 32)}
 
 Plan = Mapping[str, Structure]
 Floats = npt.NDArray[np.float64]
@@ -137,11 +136,9 @@ def predictors(
     bare = Samples(samples.inputs)
     print(f"{sum(map(len, candidates.values()))} candidates of {len(candidates)} layers")
 
-    def predict(
-        data: Samples | None, **how: object
-    ) -> Mapping[str, Mapping[Structure, PredictedLoss]]:
+    def predict(data: Samples, **how: object) -> Mapping[str, Mapping[Structure, PredictedLoss]]:
         start = time.perf_counter()
-        settings = SensitivitySettings(shapes=SHAPES, **how)  # type: ignore[arg-type]
+        settings = SensitivitySettings(**how)  # type: ignore[arg-type]
         found = predict_losses(graph, {n: list(s) for n, s in candidates.items()}, data, settings)  # type: ignore[arg-type]
         entries = [entry for layer in found.values() for entry in layer.values()]
         measured = sum(entry.how == "measured" for entry in entries)
@@ -152,7 +149,6 @@ def predictors(
     raw = predict(bare, seconds=1e9, rescale=False)
     short = predict(bare, seconds=seconds)
     short_labelled = predict(samples, seconds=seconds)
-    weights = predict(None)
 
     def total(
         found: Mapping[str, Mapping[Structure, PredictedLoss]],
@@ -164,7 +160,6 @@ def predictors(
         "layers structured": np.array([float(len(plan)) for plan in plans]),
         "residual^2": total(divergence, lambda e: e.residual**2),
         "fit error": total(divergence, lambda e: e.error),
-        "weights and noise": total(weights, lambda e: e.loss),
         "cross-entropy, interpolated": total(short_labelled, lambda e: e.loss),
         "divergence, interpolated": total(short, lambda e: e.loss),
         "top-1 points, measured": total(labelled, lambda e: e.points or 0.0),

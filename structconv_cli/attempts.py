@@ -5,6 +5,7 @@ for the loss that the drop is predicted to stand for, fine-tune, measure, and if
 for proportionally less.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import onnx
@@ -23,6 +24,7 @@ from structconv_cli.planning.pipeline import training_samples
 from structconv_cli.planning.prediction import Prediction
 from structconv_cli.planning.proposal import Planner
 from structconv_cli.progress import Observer
+from structconv_cli.structure import Structure
 
 MOST_ATTEMPTS = 4
 _BACK_OFF = 0.8
@@ -106,8 +108,19 @@ def attempt(
     drop = request.targets.max_drop
     most_loss = None if drop is None else planner.most_loss(drop)
     tried: list[str] = []
+    given_up: list[Mapping[str, Structure]] = []
     for _ in range(MOST_ATTEMPTS):
-        proposal = planner.propose(request.targets, most_loss)
+        try:
+            proposal = planner.propose(request.targets, most_loss)
+        except PlanError:
+            if not tried:
+                raise
+            break
+        if not proposal.plan.structures and not tried:
+            raise PlanError(_nothing_structured(proposal.plan))
+        # Nothing is left to back off to.
+        if proposal.plan.structures in ({}, *given_up):
+            break
         plan = check_plan(proposal.plan, inventory.axes, inventory.refused)
         observer.note(f"{len(plan.structures)} of {len(plan.layers)} layers structured")
         with torch.random.fork_rng():
@@ -119,9 +132,18 @@ def attempt(
             f"a plan {proposal.prediction.speedup:.2f} times as fast lost {found.drop:.2f} points, "
             f"more than --max-drop {drop:g}, and was given up."
         )
+        given_up.append(proposal.plan.structures)
         assert most_loss is not None
         most_loss = _BACK_OFF * min(most_loss, proposal.prediction.loss) * drop / found.drop
     raise PlanError(
         f"no plan tried loses at most {drop:g} points after fine-tuning: {' '.join(tried)} "
         "Tune longer (--epochs), allow a larger --max-drop, or ask for less."
+    )
+
+
+def _nothing_structured(plan: Plan) -> str:
+    reasons = "; ".join(f"{kept.name}: {kept.reason}" for kept in plan.kept[:3])
+    return (
+        "the best plan for these targets keeps every layer as it is, so there is nothing to "
+        f"convert. Why, of its first layers: {reasons}. Allow a larger --max-drop, or ask for more."
     )

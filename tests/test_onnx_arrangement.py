@@ -1,24 +1,28 @@
 """Channels that every reader drops are not made any more; what is read stays, to the bit.
 
-Weights of the layers that read are zero for the dropped channels, as selection makes them. The
-reference is the dense graph in ONNX Runtime.
+Weights of the layers that read are zero for the dropped channels, as selection makes them. Windows
+that run over the channels in an order of their own find them made in that order, where it can be
+changed. The reference is the dense graph in ONNX Runtime.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from test_onnx_lower import structured_weight
 
+from structconv_cli.graph_check import LoweredGraph, check_graph
 from structconv_cli.onnx.arrangement import arrange_channels, carried_through
 from structconv_cli.onnx.channels import Channels
 from structconv_cli.onnx.forms import Form
-from structconv_cli.onnx.lower import lower
+from structconv_cli.onnx.lower import Lowering, lower
+from structconv_cli.structure import Structure
 
 FULL = 8
 
@@ -352,3 +356,240 @@ def test_the_report_of_a_model_without_dead_channels_is_empty() -> None:
     net = Net()
     net.conv("y", net.conv("a", "x", 3), FULL, 5)
     assert lower(net.model("y"), how=Form())[1].removed == {}
+
+
+# Structures that read some channels, or all in another order -----------------------------------
+
+WIDE = 16
+SPLIT = Form("split", "average")
+
+
+def order_of(seed: int, count: int = WIDE) -> tuple[int, ...]:
+    return tuple(int(j) for j in np.random.default_rng(seed).permutation(count))
+
+
+def window(order: Sequence[int] = (), *, balanced: bool = False, kernel: int = 3) -> Structure:
+    """Of WIDE channels half and one, in this order."""
+    sizes = (kernel, kernel)
+    return Structure((WIDE, *sizes), (WIDE // 2 + 1, *sizes), tuple(order), balanced)
+
+
+def project(net: Net, structures: Mapping[str, Structure]) -> None:
+    """Put the weights into their subspaces, by a basis that is built element by element."""
+    for name, structure in structures.items():
+        weight = net.weights[f"{name}.weight"]
+        flat = torch.from_numpy(weight.reshape(len(weight), -1)).double()
+        basis = full_basis(structure)
+        solved = torch.linalg.lstsq(basis, flat.T).solution
+        inside = (basis @ solved).T.reshape(weight.shape).numpy()
+        net.weights[f"{name}.weight"] = inside.astype(np.float32)
+
+
+def full_basis(structure: Structure) -> torch.Tensor:
+    """Columns that span a structure: blocks of ones, or differences, over what is read."""
+    count, kept = structure.dense[0], structure.reduced[0]
+    reads = structure.reads or tuple(range(count))
+    width = len(reads) - kept + 1
+    channels = torch.zeros(count, kept - structure.balanced, dtype=torch.float64)
+    for column in range(channels.shape[1]):
+        if structure.balanced:  # two of one class: their sum is zero
+            last = [j for j in range(len(reads)) if j % width == column % width][-1]
+            channels[reads[column], column] += 1
+            channels[reads[last], column] -= 1
+        else:
+            for step in range(width):
+                channels[reads[column + step], column] = 1
+    matrix = channels
+    for size, small in zip(structure.dense[1:], structure.reduced[1:], strict=True):
+        axis = torch.zeros(size, small, dtype=torch.float64)
+        for column in range(small):
+            axis[column : column + size - small + 1, column] = 1
+        matrix = torch.kron(matrix, axis)
+    return matrix
+
+
+def lowered(
+    net: Net, structures: Mapping[str, Structure], *outputs: str, form: Form = SPLIT
+) -> tuple[onnx.ModelProto, Lowering]:
+    """Project and lower: equal in ONNX Runtime as a whole, and proved node by node."""
+    project(net, structures)
+    dense = net.model(*outputs)
+    before = dense.SerializeToString()
+    model, lowering = lower(dense, structures, form)
+    assert dense.SerializeToString() == before
+    assert_close(dense, model)
+    feeds = {"x": np.random.default_rng(1).standard_normal((1, 3, 7, 6)).astype(np.float32)}
+    checks = check_graph(LoweredGraph(dense, model, lowering.carried, structures), feeds)
+    assert [check for check in checks if not check.passed] == []
+    assert {check.subject for check in checks} >= set(structures)
+    return model, lowering
+
+
+def assert_close(one: onnx.ModelProto, other: onnx.ModelProto) -> None:
+    onnx.checker.check_model(other, full_check=True)
+    for found, expected in zip(run(other), run(one), strict=True):
+        scale = np.abs(expected).max()
+        assert scale > 1e-3
+        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * scale)
+
+
+def forms(lowering: Lowering) -> dict[str, str]:
+    return {layer.name: layer.form for layer in lowering.layers}
+
+
+def chain(net: Net, relu: bool = True) -> Net:
+    """x - a - relu r - y, of WIDE channels between."""
+    net.conv("a", "x", 3, WIDE)
+    net.conv("y", net.op("Relu", "r", "a") if relu else "a", WIDE, 5)
+    return net
+
+
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("balanced", [False, True])
+def test_windows_in_any_order_read_differences(relu: bool, balanced: bool) -> None:
+    structures = {"y": window(order_of(0), balanced=balanced)}
+    _, lowering = lowered(chain(Net(), relu), structures, "y")
+    # Without an activation between them the layer before makes the differences.
+    assert forms(lowering)["y"].startswith("difference" if relu else "folded difference")
+    assert lowering.structures == structures
+    assert lowering.removed == {}
+
+
+def test_the_order_is_made_by_the_layer_before_and_carried_by_what_lies_between() -> None:
+    net = Net()
+    x = net.norm("n", net.op("Relu", "r", net.conv("a", "x", 3, WIDE)), WIDE)
+    x = net.op("MaxPool", "p", net.depthwise("d", x, WIDE), kernel_shape=[2, 2])
+    net.conv("y", x, WIDE, 5)
+    order = order_of(3)
+    project(net, {"y": window(order)})
+    dense = net.model("y")
+    slim, selections = arrange_channels(dense, {"y": window(order)})
+    assert_same(dense, slim)
+    assert {name: kept for name, (_, kept) in selections.items()} == dict.fromkeys(
+        ("a", "r", "n", "d", "p"), order
+    )
+    # Made in that order to begin with: no node more.
+    kinds = [node.op_type for node in dense.graph.node]
+    assert [node.op_type for node in slim.graph.node] == kinds
+    assert arrange_channels(slim, {})[1] == {}
+    _, lowering = lowered(net, {"y": window(order)}, "y")
+    assert forms(lowering)["y"].startswith("difference")
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_a_selection_is_read_in_an_order_and_the_rest_is_not_made(balanced: bool) -> None:
+    """Ten of sixteen channels, by windows over six of the ten in an order of their own."""
+    kept = order_of(1)[:10]
+    for reads, reduced in ((tuple(sorted(kept)), 10), (kept, 10), (kept, 6)):
+        if balanced and reduced == 10:
+            continue
+        structure = Structure((WIDE, 3, 3), (reduced, 2, 2), reads, balanced)
+        model, lowering = lowered(chain(Net()), {"y": structure}, "y")
+        assert lowering.removed == {"a": 6}
+        words = "difference" if reduced == 6 else "AveragePool"
+        assert forms(lowering)["y"].startswith(words)
+        made = [shape[0] for name, shape in sizes(model).items() if name.startswith("a")]
+        assert sum(made) <= 10
+
+
+def test_readers_of_one_order_all_read_differences() -> None:
+    net = chain(Net())
+    net.conv("z", "r", WIDE, 4, kernel=1)
+    order = order_of(5)
+    structures = {"y": window(order), "z": window(order, kernel=1)}
+    _, lowering = lowered(net, structures, "y", "z")
+    assert all(form.startswith("difference") for form in forms(lowering).values())
+    assert set(forms(lowering)) == {"y", "z"}
+
+
+def test_of_readers_of_different_orders_most_decide_and_the_others_stay_exact() -> None:
+    net = chain(Net())
+    net.conv("z", "r", WIDE, 4)
+    net.conv("w", "r", WIDE, 6)
+    structures = {"y": window(order_of(5)), "z": window(order_of(6)), "w": window(order_of(6))}
+    _, lowering = lowered(net, structures, "y", "z", "w")
+    found = forms(lowering)
+    assert found["z"].startswith("difference")
+    assert found["w"].startswith("difference")
+    assert "difference" not in found.get("y", "")
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("barrier", ["", "Softmax", "output", "input", "Flatten"])
+def test_where_the_order_cannot_be_changed_the_layer_stays_exact(
+    balanced: bool, barrier: str
+) -> None:
+    net, outputs = Net(), ["y"]
+    source = net.op("Relu", "r", net.conv("a", "x", 3, WIDE))
+    if barrier == "input":  # the layer reads what a node makes in one piece
+        source = net.op("Softmax", "one", source, axis=1)
+    elif barrier == "output":
+        outputs.append("r")
+    elif barrier == "Softmax":
+        outputs.append(net.op("Softmax", "s", source, axis=1))
+    elif barrier == "Flatten":
+        outputs.append(net.op("Flatten", "f", source))
+    net.conv("y", source, WIDE, 5)
+    structures = {"y": window(order_of(2), balanced=balanced)}
+    _, lowering = lowered(net, structures, *outputs)
+    assert forms(lowering).get("y", "").startswith("difference") == (not barrier)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form.channels}+{form.space}")
+def test_every_form_is_exact_for_layers_with_an_order(form: Form) -> None:
+    net = chain(Net())
+    net.conv("z", net.op("Relu", "q", "y"), 5, 5)
+    structure = Structure((WIDE, 3, 3), (9, 2, 2), order_of(8))
+    _, lowering = lowered(net, {"y": structure}, "z", form=form)
+    assert set(forms(lowering)) == (set() if form.is_dense else {"y"})
+
+
+kinds = st.sampled_from(["dense", "spatial", "window", "balanced", "selected", "both"])
+
+
+@st.composite
+def any_structure(draw: st.DrawFn) -> Structure:
+    """Of WIDE channels, with one of a few orders so that readers may agree."""
+    kind, order = draw(kinds), order_of(draw(st.integers(0, 1)))
+    kernel = draw(st.sampled_from([(3, 3), (2, 2), (2, 3), (1, 1)]))
+    if kind == "dense":
+        return Structure((WIDE, 3, 3), (WIDE, 3, 3))
+    if kind == "spatial":
+        return Structure((WIDE, 3, 3), (WIDE, *kernel))
+    if kind == "selected":
+        return Structure((WIDE, 3, 3), (8, *kernel), tuple(sorted(order[:8])))
+    if kind == "both":
+        return Structure((WIDE, 3, 3), (draw(st.integers(2, 11)), *kernel), order[:12])
+    reduced = draw(st.sampled_from([WIDE // 2 + 1, 5, WIDE - 3]))
+    return Structure((WIDE, 3, 3), (reduced, *kernel), order, kind == "balanced")
+
+
+@given(
+    st.lists(any_structure(), min_size=1, max_size=3),
+    st.lists(any_structure(), min_size=0, max_size=1),
+    st.sampled_from(["", "Transpose", "output"]),
+    st.booleans(),
+)
+@settings(max_examples=40, deadline=None)
+def test_any_layers_around_a_residual_stage_stay_exact(
+    readers: list[Structure], inner: list[Structure], barrier: str, relu: bool
+) -> None:
+    net, structures, outputs = Net(), {}, []
+    x = net.conv("stem", "x", 3, WIDE)
+    x = net.op("Relu", "r0", x) if relu else x
+    for number, structure in enumerate(inner):
+        name = f"inner{number}"
+        more = net.conv(f"after{number}", net.conv(name, x, WIDE, 8), 8, WIDE)
+        x = net.op("Add", f"s{number}", x, more)
+        structures[name] = structure
+    for number, structure in enumerate(readers):
+        name = f"reader{number}"
+        outputs.append(net.conv(name, x, WIDE, 4))
+        structures[name] = structure
+    if barrier == "output":
+        outputs.append(x)
+    elif barrier:
+        outputs.append(net.op(barrier, "other", x, perm=[0, 2, 3, 1]))
+    structures = {name: each for name, each in structures.items() if not each.is_dense}
+    if structures:
+        lowered(net, structures, *outputs)

@@ -203,6 +203,40 @@ def test_what_does_not_fit_is_named(
         assert message in str(error.value)
 
 
+def test_a_plan_of_another_model_says_which_layers_differ(inventory: Inventory) -> None:
+    entries = (
+        layer("6", (12, 2, 2), (12, 1, 1)),
+        layer("layer1.conv1", (8, 3, 3), (8, 2, 2)),
+        KeptLayer("layer1.conv2", "mine"),
+        layer("fc", (9,), (3,)),
+    )
+    with pytest.raises(PlanError) as error:
+        check_plan(Plan(entries), inventory.axes, inventory.refused)
+    message = str(error.value)
+    assert "another model" in message
+    assert "3 layers that this one does not have (layer1.conv1, layer1.conv2, fc)" in message
+    assert "does not name 7 that it has (0, 1, 2, 3, ...)" in message
+    assert "structconv plan" in message
+    # Layers that it does name are not among those.
+    named = tuple(KeptLayer(name, "mine") for name in (*inventory.axes, *inventory.refused))
+    with pytest.raises(PlanError) as error:
+        check_plan(Plan((*entries[1:], *named)), inventory.axes, inventory.refused)
+    assert "does not name" not in str(error.value)
+
+
+def test_a_plan_of_a_wider_model_says_which_layers_differ(inventory: Inventory) -> None:
+    wider = {name: (2 * axes[0], *axes[1:]) for name, axes in inventory.axes.items()}
+    entries = [layer("6", (12, 2, 2), (12, 1, 1))]
+    entries += [layer(name, wider[name], (1, *wider[name][1:])) for name in ("0", "1", "3", "4")]
+    with pytest.raises(PlanError) as error:
+        check_plan(Plan(tuple(entries)), inventory.axes, inventory.refused)
+    message = str(error.value)
+    assert "other sizes: 4 of 5 differ" in message
+    assert "0: (6, 3, 3) and (3, 3, 3); 1: (16, 3, 3) and (8, 3, 3)" in message
+    assert "4: " not in message  # the first few are enough
+    assert "structconv plan" in message
+
+
 def test_a_plan_that_structures_nothing_is_refused(inventory: Inventory) -> None:
     for plan in (Plan(()), Plan((KeptLayer("1", "mine"),))):
         with pytest.raises(PlanError, match="no layer at all"):
@@ -316,6 +350,91 @@ def test_a_malformed_plan_file_is_refused_with_its_place(
     assert str(path) in message
     assert f"at {place}" in message
     assert '{"layers": [' in message  # how it should look
+
+
+@pytest.mark.parametrize(
+    ("bad", "words", "problem"),
+    [
+        ({"reason": 3, "name": "stem"}, "layer stem, reason", "string"),
+        ({"structure": {"dense": [8, 3], "reduced": "x"}, "name": "stem"},
+         "layer stem, structure.reduced", "array"),
+        ({"structure": {"dense": [8, 3], "reduced": [8, "x"]}, "name": "stem"},
+         "layer stem, structure.reduced.1", "integer"),
+        ({"structure": {"dense": [8, 3]}, "name": "stem"},
+         "layer stem, structure.reduced", "required"),
+        ({"structure": {"dense": [8, 3], "reduced": [9, 3]}, "name": "stem"},
+         "layer stem, structure", "9 of 8"),
+        ({"structure": {"dense": [8, 3], "reduced": [2, 3], "reads": "0-x"}, "name": "stem"},
+         "layer stem, structure.reads", "0-3,7"),
+        ({"structure": {"dense": [8, 3], "reduced": [2, 3], "balanced": "perhaps"}, "name": "stem"},
+         "layer stem, structure.balanced", "boolean"),
+        ({"structure": {"dense": [8, 3], "reduced": [8, 2], "pool": 2}, "name": "stem"},
+         "layer stem, structure.pool", ""),
+        ({"name": "stem"}, "layer stem, structure", "required"),
+        ({"name": "stem", "reasons": "mine"}, "layer stem, structure", "required"),
+        ({"reason": "no name"}, "entry 2, name", "required"),
+        ({"name": 7, "reason": "x"}, "entry 2, name", "string"),
+        ([7], "entry 2", ""),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("indent", [1, 2, None])
+def test_the_line_the_layer_and_the_field_are_named(
+    tmp_path: Path, indent: int | None, bad: object, words: str, problem: str
+) -> None:
+    """The line is the one on which the entry begins, wherever in the entry the mistake is."""
+    decoy = {"name": 'layers": [', "reason": 'its {name} \n is "odd", ]'}
+    head = '\n\n{"layers": [\n'
+    head += "".join(f"{json.dumps(entry, indent=indent)},\n" for entry in (decoy, GOOD))
+    text = f'{head}{json.dumps(bad, indent=indent)}, {{"name": "b", "reason": 1}}]}}'
+    with pytest.raises(PlanError) as error:
+        read_plan(write(tmp_path, text))
+    line = head.count("\n") + 1
+    message = str(error.value)
+    assert f"is not valid at line {line}, {words}: " in message
+    assert problem in message
+
+
+def test_a_file_that_ends_early_names_the_line(tmp_path: Path) -> None:
+    text = json.dumps({"layers": [GOOD, GOOD]}, indent=2)[:-8]
+    with pytest.raises(PlanError) as error:
+        read_plan(write(tmp_path, text))
+    assert f"line {text.count(chr(10)) + 1}" in str(error.value)
+
+
+@pytest.mark.parametrize("reads", ["0-3,7", "7,0-3", "2", "6,4,2,0", ""])
+def test_channels_are_read_and_written_as_words(tmp_path: Path, reads: str) -> None:
+    size = {"0-3,7": 5, "7,0-3": 5, "2": 1, "6,4,2,0": 4, "": 8}[reads]
+    structure = {"dense": [8, 3, 3], "reduced": [size, 2, 2], **({"reads": reads} if reads else {})}
+    content = {"layers": [{"name": "a", "structure": structure}]}
+    plan = read_plan(write(tmp_path, content))
+    assert json.loads(PLAN_JSON.dump_json(plan)) == content
+    numbers = {
+        "0-3,7": (0, 1, 2, 3, 7),
+        "7,0-3": (7, 0, 1, 2, 3),
+        "2": (2,),
+        "6,4,2,0": (6, 4, 2, 0),
+        "": (),
+    }
+    assert plan.structures["a"].reads == numbers[reads]
+
+
+@pytest.mark.parametrize(
+    "reads",
+    [
+        "0-8",
+        "3,3",
+        "-1",
+        "1;2",
+        "0-3,",
+        "0-99999999",
+        pytest.param("4-2", marks=pytest.mark.xfail(strict=True, reason="read as no channels")),
+    ],
+)
+def test_channels_that_a_layer_does_not_have_are_refused(tmp_path: Path, reads: str) -> None:
+    structure = {"dense": [8, 3, 3], "reduced": [2, 2, 2], "reads": reads}
+    path = write(tmp_path, {"layers": [GOOD, {"name": "stem", "structure": structure}]})
+    with pytest.raises(PlanError, match="line 1, layer stem, structure"):
+        read_plan(path)
 
 
 def test_an_unknown_key_of_a_structure_is_refused(tmp_path: Path) -> None:

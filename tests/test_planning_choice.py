@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from structconv_cli.cost import Cost
 from structconv_cli.errors import PlanError
 from structconv_cli.planning.choice import Choice, Quantity, choose
-from structconv_cli.planning.goal import Clock, curve, fastest, solve
+from structconv_cli.planning.clock import Clock
+from structconv_cli.planning.goal import curve, fastest, solve
 from structconv_cli.planning.latency import State
 from structconv_cli.planning.options import LayerOptions, ModelOptions, Option
 from structconv_cli.planning.targets import Targets, parse_latency
@@ -89,9 +90,14 @@ def combinations(options: ModelOptions) -> Iterator[Combination]:
 
 
 def goes_with(layer: LayerOptions, each: Option, parts: set[int], halves: set[str]) -> bool:
-    source = "half" if layer.source in halves else "parts" if layer.unit in parts else "whole"
-    sink = "half" if layer.sink in halves else "whole"
-    return (each.source, each.sink) == (source, sink)
+    assert {each.source, each.sink} <= {"whole", "parts", "half"}
+    in_parts, in_half, out_half = (
+        each.source == "parts",
+        each.source == "half",
+        each.sink == "half",
+    )
+    wanted = (layer.unit in parts, layer.source in halves, layer.sink in halves)
+    return (in_parts, in_half, out_half) == wanted
 
 
 def combined(
@@ -113,9 +119,9 @@ def combined(
 def least(
     options: ModelOptions, objective: Quantity, limits: Sequence[tuple[Quantity, float]] = ()
 ) -> Combination | None:
-    """The best combination; of equal ones the fastest."""
+    """The best combination."""
     found = [each for each in combinations(options) if each.keeps(limits)]
-    return min(found, key=lambda x: (x.totals[objective], x.totals["ms"]), default=None)
+    return min(found, key=lambda x: x.totals[objective], default=None)
 
 
 # Random models ------------------------------------------------------------------------------
@@ -195,8 +201,6 @@ def test_the_choice_is_the_best_of_all_combinations(
         return
     assert found is not None
     assert found.total(objective) == pytest.approx(best.totals[objective], abs=1e-6)
-    # Of equal ones the fastest.
-    assert found.ms == pytest.approx(best.totals["ms"], abs=1e-6)
     assert as_combination(options, found).keeps(limits)
 
 
@@ -269,21 +273,12 @@ def test_who_makes_a_space_and_who_reads_it_go_together() -> None:
 
 def test_a_space_is_not_halved_and_carried_in_parts_at_once() -> None:
     """Each reader alone would like its own way."""
-    one = LayerOptions("a", 0, "s", None, (option(10), option(2, 1, source="parts")))
+    one = LayerOptions("a", 0, None, None, (option(10), option(2, 1, source="parts")))
     other = LayerOptions("b", None, "s", None, (option(10), option(1, 1, source="half")))
-    both = replace(one, options=(*one.options, option(9, 1, source="half")))
-    whole = replace(other, options=(*other.options, option(8)))
-    halved = model(both, whole, unit_ms=[0], unit_spaces=[frozenset("s")], half_ms={"s": 0.0})
-    assert (fastest(halved).parts, fastest(halved).halves) == ((), ("s",)) or fastest(
-        halved
-    ).ms == 10
-    assert fastest(halved).ms == min(9 + 1, 2 + 8)
-    # Without a common space the two exclude one another only by what layers offer.
-    apart = replace(halved, layers=(replace(both, source=None, options=both.options[:2]), whole))
-    apart = replace(apart, unit_spaces=(frozenset(),))
+    apart = model(one, other, unit_ms=[0], unit_spaces=[frozenset()], half_ms={"s": 0.0})
     assert (fastest(apart).parts, fastest(apart).halves, fastest(apart).ms) == ((0,), ("s",), 3)
-    excluded = replace(apart, unit_spaces=(frozenset("s"),))
-    assert fastest(excluded).ms == 10
+    found = fastest(replace(apart, unit_spaces=(frozenset("s"),)))
+    assert (found.parts, found.halves, found.ms) == ((), ("s",), 11)
 
 
 # Targets ------------------------------------------------------------------------------------
@@ -305,7 +300,7 @@ SIMPLE = model(
         (Targets(speedup=1.25), None, 80, 1),
         (Targets(speedup=1.5), None, 65, 3),
         (Targets(speedup=100 / 55), None, 55, 6),
-        (Targets(latency_ms=85.0), None, 85, 2),
+        (Targets(latency_ms=85.0), None, 80, 1),
         (Targets(latency_ms=84.0), None, 80, 1),
         (Targets(latency_ms=66.0), None, 65, 3),
         (Targets(macs=0.85), None, 80, 1),
@@ -313,7 +308,7 @@ SIMPLE = model(
         (Targets(parameters=261 / 290), None, 85, 2),
         (Targets(parameters=250 / 290), None, 65, 3),
         (Targets(speedup=1.1, parameters=261 / 290), None, 85, 2),
-        (Targets(macs=0.9, parameters=0.95, latency_ms=79.0), None, 70, 4),
+        (Targets(macs=0.9, parameters=0.95, latency_ms=79.0), None, 65, 3),
         (Targets(max_drop=1.0), 0.0, 100, 0),
         (Targets(max_drop=1.0), 2.5, 80, 1),
         (Targets(max_drop=1.0), 99.0, 55, 6),
@@ -325,7 +320,7 @@ def test_the_plan_that_loses_least_within_the_targets(
     targets: Targets, most_loss: float | None, ms: float, loss: float
 ) -> None:
     found = solve(SIMPLE, targets, Clock(), most_loss)
-    assert (found.ms, found.loss) == (ms, loss) or (found.loss == loss and found.ms <= ms)
+    assert (found.ms, found.loss) == (ms, loss)
 
 
 def limits_of_targets(
@@ -394,11 +389,12 @@ def test_targets_are_met_at_the_least_loss_or_refused_with_a_remedy_that_works(
         assert "Relax one of them" in message
         return
     remedy = remedy_in(message)
-    given_up = replace(targets, max_drop=None)
-    for name in ("speedup", "latency_ms", "macs", "parameters"):
-        if getattr(remedy, name) is None:
-            given_up = replace(given_up, **{name: None})
-    assert not given_up.is_empty
+    # It is about one of the targets that were given.
+    fields = ("speedup", "latency_ms", "macs", "parameters")
+    (name,) = (name for name in fields if getattr(remedy, name) is not None)
+    assert getattr(targets, name) is not None
+    # What was measured slower than predicted is left as it is.
+    slow = 1.0 if remedy.speedup == 1 else slow
     assert solve(options, remedy, clock, None, slow) is not None
 
 
@@ -440,31 +436,28 @@ def remedy_in(message: str) -> Targets:
         (
             Targets(parameters=0.2),
             "--target-params 0.2 cannot",
-            "0.615 of the parameters",
+            "0.828 of the parameters",
             "c (42 %), a (12 %), b (4 %)",
-            "--target-params 0.619",
+            "--target-params 0.832",
         ),
         (
             Targets(parameters=0.2, speedup=1.2, macs=0.9),
             "--target-params 0.2 cannot",
-            "0.615 of the parameters",
+            "0.828 of the parameters",
             "c (42 %)",
-            "--target-params 0.619",
+            "--target-params 0.832",
         ),
     ],
 )
 def test_what_is_out_of_reach_is_named_with_what_holds_it(
     targets: Targets, asked_for: str, reached: str, holding: str, remedy: str
 ) -> None:
-    options = replace(SIMPLE, fixed_cost=Cost(100, 100, 0))
-    if targets.parameters:
-        options = replace(SIMPLE, fixed_cost=Cost(100, 100, 100))
     with pytest.raises(PlanError) as refused:
-        solve(options, targets, Clock(), None)
+        solve(SIMPLE, targets, Clock(), None)
     for words in (asked_for, reached, holding):
         assert words in str(refused.value)
     assert str(refused.value).endswith(f"Ask for less, at most {remedy}.")
-    assert remedy_in(str(refused.value)) is not None
+    assert solve(SIMPLE, remedy_in(str(refused.value)), Clock(), None).loss == 6
 
 
 def test_a_drop_and_a_target_that_do_not_go_together() -> None:
@@ -531,7 +524,7 @@ def test_the_curve_has_a_point_for_every_trade_off_of_a_small_model() -> None:
             {(x.totals["ms"], x.totals["loss"]) for x in combinations(options)}, reverse=True
         )
         if not any(
-            x.totals["ms"] <= ms and x.totals["loss"] <= loss and x.totals != (ms, loss)
+            x.totals["ms"] <= ms and x.totals["loss"] <= loss
             for x in combinations(options)
             if (x.totals["ms"], x.totals["loss"]) != (ms, loss)
         )

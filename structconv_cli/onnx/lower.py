@@ -32,6 +32,8 @@ from structconv_cli.structure import Structure
 
 MEASURE = "measure"
 DEFAULT_FORM = Form("split", "average")
+_OTHER_ORDER = "it reads channels in an order in which its input cannot be carried"
+_UNREAD = "the channels that it does not read are read by others, or cannot be left out"
 _OTHER_BASIS = "its input is carried as the differences that other layers read"
 
 
@@ -203,6 +205,7 @@ def lower(
         for output, layer in layers.items()
         if output not in rebuilt.forms
     ]
+    left += _unarranged(before, layers, selections)
     return rebuilt.model, Lowering(
         layers=written,
         dense=(*left, *(DenseLayer(name, reason) for name, reason in refused.items())),
@@ -253,6 +256,23 @@ def _still(
         if not structure.is_dense:
             still[layer.name] = structure
     return still
+
+
+def _unarranged(
+    before: Mapping[str, StructuredNode],
+    layers: Mapping[str, StructuredNode],
+    selections: Selections,
+) -> list[DenseLayer]:
+    """Layers whose channel structure came to nothing, and why."""
+    still = {layer.name for layer in layers.values()}
+    found = []
+    for layer in before.values():
+        selects = layer.structure.windows[0] == 1
+        if layer.name in still or (selects and layer.node.input[0] in selections):
+            continue
+        reason = _UNREAD if selects else _OTHER_ORDER
+        found.append(DenseLayer(layer.name, reason, structured=True))
+    return found
 
 
 def _arranged(told: Structure, kept: tuple[int, ...], weight: torch.Tensor) -> Structure:

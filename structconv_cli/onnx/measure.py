@@ -90,14 +90,15 @@ class Measure:
         if any(ms is None for ms in known.values()):
             times = self._profile(rebuilt.model)
             known = {**dict.fromkeys(keys, 0.0), **_by_owner(rebuilt, times)}
-            means = _means(keys, known)
-            for key, ms in means.items():
-                self.cache.put(key, ms)
-            known = {owner: means[key] for owner, key in keys.items()}
+            for key, ms in _means(keys, known).items():
+                # What is known stays: the same plan is made again from the same times.
+                if self.cache.get(key) is None:
+                    self.cache.put(key, ms)
+            known = {owner: self.cache.get(key) for owner, key in keys.items()}
         return Variant(choice, rebuilt, {owner: ms or 0.0 for owner, ms in known.items()})
 
     def whole(self, models: Mapping[str, onnx.ModelProto]) -> dict[str, float]:
-        """Median times (ms) of whole models, each in its own process, in turns."""
+        """Times (ms) of whole models in turns: the lower quartile of the rounds of each."""
         digests = {name: _digest(model) for name, model in models.items()}
         distinct = {digest: name for name, digest in reversed(digests.items())}
         shapes = ",".join(_sizes(array.shape) for array in self.feeds.values())
@@ -119,7 +120,8 @@ class Measure:
             for name, model in models.items():
                 files[name].write_bytes(with_sizes(model, self.feeds).SerializeToString())
             result = benchmark(files, settings)
-        return {timing.name: float(np.median(timing.round_ms)) for timing in result.models}
+        # What disturbs a round only ever adds to it.
+        return {t.name: float(np.quantile(t.round_ms, 0.25)) for t in result.models}
 
     def _profile(self, model: onnx.ModelProto) -> tuple[NodeTime, ...]:
         data = model.SerializeToString()

@@ -10,7 +10,8 @@ offsets of all readers, one long vector) and g = E[x x^T] the channels' second m
   h_ab = (g_aa g_bb - g_ab^2) / (g_aa + g_bb - 2 g_ab), the least of E(d_a x_a + d_b x_b)^2 over
   d_a + d_b = 1 (our derivation). So the best order pairs channels by a minimum-weight perfect
   matching, S being the mean over all pairs. It is approximated by an assignment, whose cycles are
-  cut into pairs, and improved by exchanging partners as long as that gains.
+  cut into pairs, and improved by exchanging partners as long as that gains; so is the order given,
+  in case it leads to the better one.
 
 Without data g is the identity.
 """
@@ -40,7 +41,8 @@ def channel_moments(
     Args:
         model: the graph.
         tensors: names in it.
-        feeds: every input by name, images along the first axis.
+        feeds: every input by name, images along the first axis. Those that do not fill a batch
+            that the graph is fixed to are left out.
         threads: of ONNX Runtime.
         seed: of the pixels chosen.
     """
@@ -53,10 +55,11 @@ def channel_moments(
     running = session(exposed, threads)
     rng = np.random.default_rng(seed)
     images = len(next(iter(feeds.values())))
-    step = images_per_run(model) or 8
+    fixed = images_per_run(model)
+    step = fixed or 8
     sums: dict[str, Floats] = {}
     counts = dict.fromkeys(tensors, 0)
-    for start in range(0, max(1, images - step + 1), step):
+    for start in range(0, images - (fixed or 1) + 1, step):
         batch = {name: array[start : start + step] for name, array in feeds.items()}
         values = running.run(list(tensors), batch)
         for name, value in zip(tensors, values, strict=True):
@@ -115,27 +118,45 @@ def pair_costs(filters: Floats, moments: Floats | None) -> Floats:
     squares = (centred**2).sum(1)
     costs = squares[:, None] + squares[None, :] + 2 * centred @ centred.T
     if moments is not None:
-        power = np.diag(moments)
-        determinants = np.maximum(power[:, None] * power[None, :] - moments**2, 0.0)
-        spreads = power[:, None] + power[None, :] - 2 * moments
-        tiny = np.finfo(np.float64).tiny
-        costs = costs * np.where(spreads > tiny, determinants / np.maximum(spreads, tiny), 0.0)
+        costs = costs * _shared_power(moments)
     costs = np.maximum(costs, 0.0)
     np.fill_diagonal(costs, np.inf)
     found: Floats = costs
     return found
 
 
+def _shared_power(moments: Floats) -> Floats:
+    """h_ab for all pairs, as g_aa - (g_aa - g_ab)^2 / E(x_a - x_b)^2, a being the weaker channel.
+
+    So nothing cancels where two channels are nearly the same, and h_ab is g_aa where they are.
+    """
+    power = np.diag(moments)
+    weaker = np.minimum(power[:, None], power[None, :])
+    spreads = power[:, None] + power[None, :] - 2 * moments
+    tiny = np.finfo(np.float64).tiny
+    shared = weaker - (weaker - moments) ** 2 / np.maximum(spreads, tiny)
+    found: Floats = np.where(spreads > tiny, np.maximum(shared, 0.0), weaker)
+    return found
+
+
 def _matching(costs: Floats) -> list[tuple[int, int]]:
-    """A perfect matching of small weight."""
+    """A perfect matching of small weight, at most that of the pairs (j, j + C/2)."""
     finite = np.where(np.isfinite(costs), costs, 0.0)
+    middle = len(costs) // 2
+    starts = ([(j, j + middle) for j in range(middle)], _assigned(finite))
+    found = [_exchanged(start, finite) for start in starts]
+    return min(found, key=lambda pairs: sum(finite[a, b] for a, b in pairs))
+
+
+def _assigned(finite: Floats) -> list[tuple[int, int]]:
+    """The cycles of the cheapest assignment, cut into pairs."""
     blocked = finite.copy()
     np.fill_diagonal(blocked, finite.sum() + 1.0)
     _, successors = linear_sum_assignment(blocked)
     pairs: list[tuple[int, int]] = []
     left: list[int] = []
     seen: set[int] = set()
-    for start in range(len(costs)):
+    for start in range(len(finite)):
         cycle = []
         node = start
         while node not in seen:
@@ -146,8 +167,7 @@ def _matching(costs: Floats) -> list[tuple[int, int]]:
             left.append(cycle.pop())
         ways = [list(zip(cycle[i::2], (cycle[1:] + cycle[:1])[i::2], strict=True)) for i in (0, 1)]
         pairs += min(ways, key=lambda way: sum(finite[a, b] for a, b in way))
-    pairs += list(zip(left[::2], left[1::2], strict=True))
-    return _exchanged(pairs, finite)
+    return [*pairs, *zip(left[::2], left[1::2], strict=True)]
 
 
 def _exchanged(pairs: list[tuple[int, int]], costs: Floats) -> list[tuple[int, int]]:

@@ -101,7 +101,7 @@ class _Problem:
             self._row(dict(enumerate(values / scale)), -np.inf, (most - fixed) / scale)
         values = self._values(objective)
         scale = float(np.abs(values).max()) or 1.0
-        # Of equal choices the faster one.
+        # Where losses are all but equal, lean towards the faster.
         tie_break = self._values("ms")
         values = values / scale + 1e-6 * tie_break / (float(np.abs(tie_break).max()) or 1.0)
         found = milp(

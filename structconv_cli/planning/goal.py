@@ -1,35 +1,15 @@
 """From targets to a choice, the best trade-offs, and what to say where a target cannot be met."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from structconv_cli.errors import PlanError
 from structconv_cli.planning.choice import Choice, Quantity, choose
+from structconv_cli.planning.clock import Clock
 from structconv_cli.planning.options import ModelOptions
 from structconv_cli.planning.targets import Targets
 
 _CURVE_POINTS = 10
 _HOLDING = 3
-
-
-@dataclass(frozen=True)
-class Clock:
-    """How the sum of a model's nodes' times becomes the time of the whole model (ms).
-
-    The profiler adds to every node what it takes to write the time down; the session adds what lies
-    between nodes. Two models measured both ways give the line.
-    """
-
-    offset: float = 0.0
-    factor: float = 1.0
-
-    def whole(self, nodes_ms: float) -> float:
-        """The whole model's time for a sum of its nodes'."""
-        return self.offset + self.factor * nodes_ms
-
-    def nodes(self, whole_ms: float) -> float:
-        """The sum for a time of the whole model."""
-        return (whole_ms - self.offset) / self.factor
 
 
 def fastest(options: ModelOptions) -> Choice:
@@ -77,10 +57,21 @@ def curve(options: ModelOptions, quickest: Choice) -> tuple[Choice, ...]:
         # Even ratios: what is twice as fast is as far from four times as from once.
         speedup = (dense / quickest.ms) ** (step / _CURVE_POINTS)
         choice = choose(options, "loss", [("ms", dense / speedup)])
-        if choice is not None and choice not in found:
+        if choice is not None:
             found.append(choice)
     least = choose(options, "loss", [("ms", quickest.ms * (1 + 1e-9))])
-    return (*found, least or quickest)
+    return _undominated([*found, least or quickest])
+
+
+def _undominated(points: Sequence[Choice]) -> tuple[Choice, ...]:
+    """Points, slowest first, without those that a later one equals or beats in time and loss."""
+    kept: list[Choice] = []
+    for point in points:
+        while kept and kept[-1].loss >= point.loss:
+            kept.pop()
+        if not kept or point.ms < kept[-1].ms:
+            kept.append(point)
+    return tuple(kept)
 
 
 def _limits(
@@ -154,7 +145,8 @@ def _out_of_reach(
         speedup = clock.whole(options.dense_ms) / whole
         if targets.speedup is not None:
             asked = f"--target-speedup {targets.speedup:g}"
-            remedy = f"--target-speedup {int(speedup * 100) / 100:g}"
+            # The dense model, unchanged, is always as fast as itself.
+            remedy = f"--target-speedup {max(1.0, int(speedup * 100) / 100):g}"
         else:
             asked = f"--target-latency {targets.latency_ms:g}ms"
             remedy = f"--target-latency {_above(whole)}ms"

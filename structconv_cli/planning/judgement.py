@@ -36,11 +36,13 @@ def judge(planner: Planner, plan: Plan) -> Prediction:
     settings = planner.settings
     with planner.observer.stage("lowering of the plan"):
         how = Measured(settings.target, planner.feeds, settings.timings)
-        lowered, _ = lower(projected(network, structures), structures, how)
+        lowered, lowering = lower(projected(network, structures), structures, how)
         measure = Measure(network.alternatives({}), settings.target, planner.feeds, planner.cache)
         times = measure.whole({"dense": network.graph.model, "planned": lowered})
         planner.cache.save()
-    layers = tuple(_layer(planner, entry.name, plan, losses) for entry in plan.layers)
+    layers = tuple(
+        _layer(planner, entry.name, plan, losses, lowering.removed) for entry in plan.layers
+    )
     ms = planner.dense_ms * times["planned"] / times["dense"]
     loss = sum(layer.loss for layer in layers)
     return planner.predicted(
@@ -88,8 +90,13 @@ def _losses(planner: Planner, structures: Mapping[str, Structure]) -> dict[str, 
 
 
 def _layer(
-    planner: Planner, name: str, plan: Plan, losses: Mapping[str, PredictedLoss]
+    planner: Planner,
+    name: str,
+    plan: Plan,
+    losses: Mapping[str, PredictedLoss],
+    removed: Mapping[str, int],
 ) -> PredictedLayer:
+    """What becomes of one layer; `removed` counts the channels that nothing reads, by space."""
     network, structure = planner.network, plan.structures.get(name)
     reason = next((entry.reason for entry in plan.kept if entry.name == name), "")
     if name not in network.layers:
@@ -103,7 +110,7 @@ def _layer(
         structure=structure,
         reason=reason,
         before=options[0].cost,
-        after=_cost(layer, structure),
+        after=_cost(layer, structure, removed.get(layer.sink or "", 0)),
         ms_before=options[0].ms,
         ms_after=option.ms if option is not None else None,
         residual=loss.residual if loss else 0.0,
@@ -112,8 +119,9 @@ def _layer(
     )
 
 
-def _cost(layer: NetworkLayer, structure: Structure | None) -> Cost:
-    return layer.cost(structure or Structure(layer.dense, layer.dense), layer.spec.weight_shape[0])
+def _cost(layer: NetworkLayer, structure: Structure | None, removed: int) -> Cost:
+    dense = Structure(layer.dense, layer.dense)
+    return layer.cost(structure or dense, layer.spec.weight_shape[0] - removed)
 
 
 def _option(options: tuple[Option, ...], structure: Structure) -> Option | None:

@@ -14,7 +14,7 @@ from structconv_cli.planning.samples import Samples
 from structconv_cli.planning.sensitivity import PredictedLoss, Predictions, SensitivitySettings
 from structconv_cli.structure import Structure
 
-FORMAT = 1
+FORMAT = 2
 
 Question = tuple[
     onnx.ModelProto, Mapping[str, Sequence[Structure]], Samples | None, SensitivitySettings

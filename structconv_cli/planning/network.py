@@ -21,11 +21,11 @@ from structconv_cli.layer_spec import Kind, LayerSpec
 from structconv_cli.onnx.alternatives import Alternatives, Unit
 from structconv_cli.onnx.example_inputs import with_sizes
 from structconv_cli.onnx.graph import Graph
-from structconv_cli.onnx.nodes import ConvAttributes, layer_of
+from structconv_cli.onnx.nodes import ConvAttributes, is_transposed, layer_of
 from structconv_cli.onnx.roles import Layer
 from structconv_cli.onnx.spaces import Space, Spaces
 from structconv_cli.onnx.structured_node import StructuredNode, dense_weight, layer_obstacle
-from structconv_cli.planning.candidates import Candidate, half, structure_of
+from structconv_cli.planning.candidates import BLOCK, Candidate, half, structure_of
 from structconv_cli.structure import Structure
 
 Feeds = Mapping[str, npt.NDArray[np.generic]]
@@ -199,6 +199,7 @@ class Network:
     def _kept_costs(self, batch: int) -> dict[str, Cost]:
         """Costs of the layers whose weights are constants of a plain layer's shape."""
         found = {name: Cost(0, 0, 0) for name in self.kept}
+        counted: set[str] = set()
         for node in self.graph.nodes:
             name = layer_of(node)
             shape = self.graph.shape(node.input[1]) if name in self.kept else None
@@ -207,10 +208,13 @@ class Network:
             sizes = self._shapes.shape(node.output[0]) or ()
             outputs = prod(size or 1 for size in sizes) // batch
             width = prod(size or 1 for size in shape[1:])
-            if node.op_type == "MatMul":
-                width = shape[0] or 1
-            weights = prod(size or 1 for size in shape)
-            found[name] += Cost(outputs * width, outputs * (width - 1), weights)
+            if is_transposed(node):
+                width = shape[max(0, len(shape) - 2)] or 1
+            # Nodes may share a weight.
+            constants = {tensor for tensor in node.input[1:3] if tensor} - counted
+            counted |= constants
+            parameters = sum(prod(s or 1 for s in self.graph.shape(x) or (0,)) for x in constants)
+            found[name] += Cost(outputs * width, outputs * (width - 1), parameters)
         return found
 
     def _layer(
@@ -223,7 +227,7 @@ class Network:
             output_size = (max(1, prod(size or 1 for size in sizes[:-1]) // batch),)
         source, sink = (self.spaces.of(x) for x in (node.input[0], node.output[0]))
         wide = self._widest.layers.get(node.output[0])
-        obstacle = self._widest.obstacle(wide) if wide is not None else "too few channels to halve"
+        obstacle = self._widest.obstacle(wide) if wide is not None else _why_no_halves(spec)
         unit = None
         if not obstacle and source is not None:
             numbers = [i for i, unit in enumerate(self.units) if source.name in unit.parts]
@@ -252,6 +256,15 @@ class Network:
         inside = {self.graph.producers[x].output[0] for x in space.tensors if x in planned}
         makers = {node.output[0] for node in space.makers if node is not None}
         return inside <= makers and all(node.output[0] in planned for node in space.readers)
+
+
+def _why_no_halves(spec: LayerSpec) -> str:
+    """Why a layer can have no channel window at all."""
+    if spec.groups > 1:
+        return "its channel structure lies inside groups"
+    if not half(spec.axes[0]):
+        return f"its {spec.axes[0]} input channels have no halves in whole blocks of {BLOCK}"
+    return "its input's channels are not on axis 1, or its bias is not fixed"
 
 
 def _spec(name: str, node: onnx.NodeProto, weight: torch.Tensor) -> LayerSpec:

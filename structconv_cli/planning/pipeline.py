@@ -21,7 +21,7 @@ from structconv_cli.plan import read_plan
 from structconv_cli.planner import check_plan
 from structconv_cli.planning.judgement import judge
 from structconv_cli.planning.proposal import Planner, Proposal, ProposalSettings
-from structconv_cli.planning.samples import Samples
+from structconv_cli.planning.samples import Samples, check_samples
 from structconv_cli.planning.targets import Targets
 from structconv_cli.progress import SILENT, Observer
 from structconv_cli.report.curve import draw_curve
@@ -97,6 +97,7 @@ def plan_model(
             samples = training_samples(
                 data, Graph(graph).inputs[0], request.images, request.settings.sensitivity.seed
             )
+            check_samples(graph, samples)
         batch = request.settings.target.batch_size
         if samples is not None and not request.shapes:
             name, images = next(iter(samples.inputs.items()))
@@ -161,10 +162,14 @@ def check_plan_destination(files: PlanFiles, *, force: bool) -> None:
     """Refuse to replace a plan that somebody may have edited, unless that is wanted.
 
     Raises:
-        PlanError: the plan file exists, or is a folder.
+        PlanError: the plan file exists, is a folder, or is to have the picture's name.
     """
     if files.plan.is_dir():
         raise PlanError(f"{files.plan} is a folder; give the plan file's name with --out.")
+    if files.plan == files.picture:
+        raise PlanError(
+            f"{files.plan} is where the plan's picture goes; give --out a name such as plan.json."
+        )
     if files.plan.exists() and not force:
         raise PlanError(
             f"{files.plan} exists, and may have been edited. Give another --out, or --force to "

@@ -11,20 +11,19 @@ import onnxruntime
 
 from structconv_cli.cost import Cost
 from structconv_cli.errors import PlanError
-from structconv_cli.onnx.measure import Measure
 from structconv_cli.onnx.probe import why_not_loaded
 from structconv_cli.onnx.target import Target
 from structconv_cli.onnx.timing_cache import TimingCache
 from structconv_cli.plan import Plan
 from structconv_cli.planning.choice import Choice
+from structconv_cli.planning.clock import DENSE, Stopwatch
 from structconv_cli.planning.explanation import as_plan, predicted_layers
-from structconv_cli.planning.goal import Clock, curve, fastest, solve
+from structconv_cli.planning.goal import curve, fastest, solve
 from structconv_cli.planning.latency import measure_latency
 from structconv_cli.planning.loss_cache import cached_losses
 from structconv_cli.planning.network import Feeds, Network
 from structconv_cli.planning.options import ModelOptions, model_options
 from structconv_cli.planning.prediction import CurvePoint, PredictedLayer, Prediction
-from structconv_cli.planning.realise import realise
 from structconv_cli.planning.samples import Samples, check_samples
 from structconv_cli.planning.sensitivity import (
     Predictions,
@@ -131,7 +130,8 @@ class Planner:
         )
         with observer.stage("the fastest plan"):
             self.fastest = fastest(self.options)
-            self.dense_ms, self.clock = self._clock()
+            self.stopwatch = Stopwatch(network, settings.target, feeds, self.cache)
+            self.dense_ms, self.clock = self.stopwatch.clock(self.options, self.fastest)
 
     @property
     def points_per_loss(self) -> float | None:
@@ -192,31 +192,10 @@ class Planner:
         """The best trade-offs between time and loss, slowest first."""
         return curve(self.options, self.fastest)
 
-    def _clock(self) -> tuple[float, Clock]:
-        """The dense model's time, and how sums of nodes become times of models."""
-        dense, quick = self.options.dense_ms, self.fastest.ms
-        if all(option.structure.is_dense for option in self.fastest.options):
-            return dense, Clock()
-        times = self._whole({"fastest": self.fastest})
-        if quick > 0.95 * dense:
-            return times["dense"], Clock(0.0, times["dense"] / dense)
-        factor = (times["dense"] - times["fastest"]) / (dense - quick)
-        if not 0.5 < factor < 2:
-            factor = times["dense"] / dense
-        return times["dense"], Clock(times["dense"] - factor * dense, factor)
-
-    def _whole(self, choices: Mapping[str, Choice]) -> dict[str, float]:
-        """Times (ms) of the dense model and of some choices, in turns."""
-        models = {name: realise(self.network, choice) for name, choice in choices.items()}
-        measure = Measure(
-            self.network.alternatives({}), self.settings.target, self.feeds, self.cache
-        )
-        return measure.whole({"dense": self.network.graph.model, **models})
-
     def _measured(self, choice: Choice) -> float:
         """A choice's time (ms), scaled to the dense model's first one: machines drift."""
-        times = self._whole({"planned": choice})
-        return self.dense_ms * times["planned"] / times["dense"]
+        times = self.stopwatch.whole({"planned": choice})
+        return self.dense_ms * times["planned"] / times[DENSE]
 
     def _checked(self, targets: Targets, most_loss: float | None) -> tuple[Choice, float | None]:
         """The choice for some targets; one for time is measured, and chosen anew if it misses."""

@@ -62,8 +62,8 @@ class Targets:
         return self == Targets()
 
 
-_LATENCY = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e-?[0-9]+)?)\s*(ms|us|µs|s)?\s*", re.IGNORECASE)
-_UNITS = {"ms": 1.0, "us": 1e-3, "µs": 1e-3, "s": 1e3}
+_LATENCY = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*(ms|us|μs|s)?\s*", re.IGNORECASE)
+_UNITS = {"ms": 1.0, "us": 1e-3, "μs": 1e-3, "s": 1e3}
 
 
 def parse_latency(text: str) -> float:
@@ -75,4 +75,4 @@ def parse_latency(text: str) -> float:
     match = _LATENCY.fullmatch(text)
     if match is None:
         raise PlanError(f"--target-latency is {text!r}; expected a time such as 5ms, 800us or 1s.")
-    return float(match[1]) * _UNITS[(match[2] or "ms").lower()]
+    return float(match[1]) * _UNITS[(match[2] or "ms").casefold()]

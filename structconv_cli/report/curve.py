@@ -18,13 +18,16 @@ def draw_curve(prediction: Prediction, path: Path) -> None:
     axes = figure.add_subplot()
     points = [(prediction.ms_before, 0.0), *((p.ms, p.loss) for p in prediction.curve)]
     axes.plot(*zip(*points, strict=True), "o-", color=_LINE, markersize=4, label="best trade-offs")
-    axes.plot(*points[0], "s", color=_INK, label="the model as it is")
+    # Losses of zero lie on the axis: their marks are not to be cut off by it.
+    axes.plot(*points[0], "s", color=_INK, label="the model as it is", clip_on=False, zorder=3)
     axes.plot(
         prediction.ms_after,
         prediction.loss,
         "D",
         color=_CHOSEN,
         markersize=8,
+        clip_on=False,
+        zorder=3,
         label=f"this plan: {prediction.speedup:.2f} times as fast",
     )
     if prediction.measured_ms is not None:

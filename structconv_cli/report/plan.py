@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from structconv_cli.planning.prediction import PredictedLayer, Prediction
-from structconv_cli.report.text import big, count, grouped, spaced, structure_text
+from structconv_cli.report.text import big, bytes_text, count, grouped, spaced, structure_text
 
 _BAR = 24
 
@@ -39,7 +39,7 @@ def _layers(prediction: Prediction) -> Table:
     )
     table.add_column("layer", overflow="fold")
     table.add_column("structure", overflow="fold")
-    for column in ("MACs", "params", "ms", "resid.", "loss"):
+    for column in ("MACs", "params", "ms", "res.", "loss"):
         table.add_column(column, justify="right", no_wrap=True)
     for layer in prediction.layers:
         if layer.structure is None:
@@ -97,7 +97,8 @@ def _totals(prediction: Prediction) -> Text:
         f"MACs {big(before.multiplications)} → {big(after.multiplications)} "
         f"({before.multiplications / max(1, after.multiplications):.2f}x fewer), additions "
         f"{big(before.additions)} → {big(after.additions)}, parameters "
-        f"{big(before.parameters)} → {big(after.parameters)}. ",
+        f"{big(before.parameters)} → {big(after.parameters)} (float32: "
+        f"{bytes_text(4 * before.parameters)} → {bytes_text(4 * after.parameters)}). ",
         f"Time {prediction.ms_before:.3g} → {prediction.ms_after:.3g} ms predicted "
         f"({prediction.speedup:.2f} times as fast)",
     ]
@@ -120,8 +121,8 @@ def _setting(prediction: Prediction) -> str:
         else "no data was given"
     )
     return (
-        f"Loss: {prediction.loss_is}; {source}. resid.: share of the weight's norm outside its "
-        "structure. Structure: input channels and kernel, before → after; s: these channels are "
-        "selected, o: windows take them in another order, b: balanced windows. Times of layers are "
-        f"inside the whole model; {prediction.environment}."
+        f"Loss: {prediction.loss_is}; {source}. res.: residual, the share of the weight's norm "
+        "outside its structure. Structure: input channels and kernel that are left; s: these "
+        "channels are selected, o: windows take them in another order, b: balanced windows. "
+        f"Times of layers are inside the whole model; {prediction.environment}."
     )

@@ -56,9 +56,9 @@ def bytes_text(number: int) -> str:
 
 
 def structure_text(structure: Structure) -> str:
-    """A structure as 64x3x3→32x2x2, with letters for what it does to the channels."""
+    """A structure as → 32x2x2, with letters for what it does to the channels."""
     letters = ""
     if structure.reads:
         letters = "s" if structure.windows[0] == 1 else "o"
     letters += "b" if structure.balanced else ""
-    return f"{sizes(structure.dense)}→{sizes(structure.reduced)} {letters}".rstrip()
+    return f"→ {sizes(structure.reduced)} {letters}".rstrip()

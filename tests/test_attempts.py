@@ -1,0 +1,116 @@
+"""`convert --max-drop`: plans tried after fine-tuning, backed off, held or given up."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from test_plan_command import Place, convert, done, place, run
+from typer.testing import Result
+
+from structconv_cli.attempts import MOST_ATTEMPTS
+from structconv_cli.json_file import read_json
+from structconv_cli.plan import read_plan
+from structconv_cli.planning.prediction import Prediction
+from structconv_cli.run_folder import RunFolder
+
+__all__ = ["place"]
+
+
+def drop_of(folder: Path) -> float:
+    stages = json.loads((folder / "convert.json").read_text())["finetune"]["stages"]
+    return float(stages[0]["evaluation"]["accuracy"] - stages[-1]["evaluation"]["accuracy"])
+
+
+def notes_of(folder: Path) -> list[str]:
+    return list(json.loads((folder / "convert.json").read_text())["notes"])
+
+
+GIVEN_UP = re.compile(r"a plan ([0-9.]+) times as fast lost ([0-9.]+) points")
+
+
+LEARN_NOTHING = ("--epochs=1", "--lr=0")
+"""Then the whole of a drop is left, of which most was expected to be paid back."""
+
+
+@pytest.fixture(scope="module")
+def fastest(place: Place) -> RunFolder:
+    """The run of the fastest plan there is: whatever it loses is held."""
+    out = place.folder / "fastest"
+    done(convert(place, out, "--max-drop=100", *LEARN_NOTHING))
+    return RunFolder(out)
+
+
+def test_a_drop_that_is_held_at_once(fastest: RunFolder) -> None:
+    assert 0 < drop_of(fastest.path) <= 100
+    prediction = read_json(fastest.prediction, Prediction)
+    assert prediction.targets.max_drop == 100
+    assert dict(prediction.structures) == dict(read_plan(fastest.plan).structures)
+    assert fastest.curve.read_bytes()[:4] == b"\x89PNG"
+    assert not GIVEN_UP.search(" ".join(notes_of(fastest.path)))
+
+
+def test_a_plan_that_loses_too_much_is_given_up_for_a_lighter_one(
+    place: Place, fastest: RunFolder, tmp_path: Path
+) -> None:
+    lost = drop_of(fastest.path)
+    most = lost - 0.5
+    done(convert(place, tmp_path / "run", f"--max-drop={most}", *LEARN_NOTHING))
+    folder = RunFolder(tmp_path / "run")
+    assert drop_of(folder.path) <= most
+    tried = [
+        tuple(map(float, found))
+        for note in notes_of(folder.path)
+        for found in GIVEN_UP.findall(note)
+    ]
+    assert 1 <= len(tried) < MOST_ATTEMPTS
+    assert tried[0][1] == pytest.approx(lost, abs=0.006)
+    assert all(drop > most for _, drop in tried)
+    losses = [read_json(run.prediction, Prediction).loss for run in (folder, fastest)]
+    assert losses[0] < losses[1]
+    speedups = [speedup for speedup, _ in tried]
+    speedups.append(round(read_json(folder.prediction, Prediction).speedup, 2))
+    assert speedups == sorted(set(speedups), reverse=True)
+    report = done(run("verify", folder.path, "--json")).stdout
+    assert json.loads(report)["exact"] is True
+
+
+def assert_given_up(result: Result, folder: Path, *told: str) -> str:
+    message = " ".join(result.stderr.split())
+    assert result.exit_code == 1, result.output
+    assert len(result.stderr.strip().splitlines()) == 1
+    for text in told:
+        assert text in message, message
+    assert "Traceback" not in result.output
+    assert list(folder.iterdir()) == []
+    return message
+
+
+def test_what_no_plan_holds_is_told_with_what_was_tried(
+    place: Place, fastest: RunFolder, tmp_path: Path
+) -> None:
+    """Few MACs are asked for as well, so that there is nothing to back off to."""
+    prediction = read_json(fastest.prediction, Prediction)
+    share = 1.01 * prediction.after.multiplications / prediction.before.multiplications
+    assert prediction.points is not None
+    # A tenth is expected to be left after tuning: this plan is predicted to hold it.
+    most = round(0.11 * prediction.points, 3)
+    words = [f"--max-drop={most}", f"--target-macs={share}", *LEARN_NOTHING]
+    message = assert_given_up(
+        convert(place, tmp_path / "run", *words),
+        tmp_path,
+        f"loses at most {most:g} points after fine-tuning",
+        "--epochs",
+        "--max-drop",
+    )
+    tried = GIVEN_UP.findall(message)
+    # No plan is tuned twice: that may take hours.
+    assert len(set(tried)) == len(tried) == 1
+    assert float(tried[0][1]) > most
+
+
+def test_a_target_that_the_model_meets_as_it_is_leaves_nothing_to_convert(
+    place: Place, fastest: RunFolder, tmp_path: Path
+) -> None:
+    result = convert(place, tmp_path / "run", "--target-speedup=1", *LEARN_NOTHING)
+    assert_given_up(result, tmp_path, "keeps every layer as it is", "stem: ", "ask for more")
