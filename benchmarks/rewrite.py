@@ -16,7 +16,7 @@ from architectures import torchvision_model
 from structconv_cli.model.inventory import take_inventory
 from structconv_cli.onnx.export import export_onnx
 from structconv_cli.onnx.lower import lower
-from structconv_cli.planner import rule_plan
+from structconv_cli.planning.rule import rule_plan
 from structconv_cli.rewrite import project_weights, residuals, rewrite
 
 

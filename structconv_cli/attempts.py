@@ -19,10 +19,11 @@ from structconv_cli.finetune import FineTuneResult, finetune
 from structconv_cli.model.inventory import Inventory
 from structconv_cli.onnx.graph import Graph
 from structconv_cli.plan import Plan, read_plan
-from structconv_cli.planner import check_plan, rule_plan
+from structconv_cli.planning.check import check_plan
 from structconv_cli.planning.pipeline import training_samples
 from structconv_cli.planning.prediction import Prediction
 from structconv_cli.planning.proposal import Planner
+from structconv_cli.planning.rule import rule_plan
 from structconv_cli.progress import Observer
 from structconv_cli.structure import Structure
 

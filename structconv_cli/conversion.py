@@ -1,6 +1,6 @@
 """What a conversion is asked to do, and what came of it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from structconv_cli.cost import Cost, dense_cost, structured_cost
@@ -26,7 +26,7 @@ class ConvertRequest:
         architecture: what builds the model that it fits.
         data: what to tune and judge on.
         settings: how to fine-tune.
-        n, channels: the rule for all layers (see `planner.rule_plan`), where there is no plan file.
+        n, channels: the rule for all layers (see `planning.rule.rule_plan`), where there is no plan file.
         plan_file: a plan to obey instead.
         targets: what a plan is to be made for instead; empty for none.
         proposal: how such a plan is made.
@@ -102,14 +102,19 @@ def layer_outcomes(
     traced = {layer.spec.name: layer for layer in inventory.layers}
     forms = {entry.name: entry.form for entry in lowering.layers}
     reasons = {entry.name: entry.reason for entry in lowering.dense}
+    # Structure that lowering made no form of is dense; but a selection needs no form.
+    used = {entry.name for entry in plan.layers} - set(reasons)
     outcomes = []
     for entry in plan.layers:
         layer = traced.get(entry.name)
         before = after = None
         if layer is not None:
-            before = after = dense_cost(layer.spec, layer.output_size, layer.calls)
-            if entry.name in forms and not isinstance(entry, KeptLayer):
-                after = structured_cost(layer.spec, entry.structure, layer.output_size, layer.calls)
+            before = dense_cost(layer.spec, layer.output_size, layer.calls)
+            outputs = lowering.outputs.get(entry.name, layer.spec.weight_shape[0])
+            left = replace(layer.spec, weight_shape=(outputs, *layer.spec.axes))
+            after = dense_cost(left, layer.output_size, layer.calls)
+            if entry.name in used and not isinstance(entry, KeptLayer):
+                after = structured_cost(left, entry.structure, layer.output_size, layer.calls)
         if isinstance(entry, KeptLayer):
             outcomes.append(LayerOutcome(entry.name, None, entry.reason, before, after))
         else:

@@ -51,8 +51,11 @@ def _channels(value: object) -> object:
             raise ValueError(f'channels are written as "0-3,7"; found "{word}"')
         first = int(match[1])
         last = int(match[2]) if match[2] else first
-        if last - first >= _MOST_CHANNELS:
-            raise ValueError(f'"{word}" are more than {_MOST_CHANNELS} channels')
+        if not 0 <= last - first < _MOST_CHANNELS:
+            raise ValueError(
+                f'"{word}" must rise from its first channel to its last, by less than '
+                f"{_MOST_CHANNELS}"
+            )
         found += range(first, last + 1)
     return tuple(found)
 

@@ -244,7 +244,6 @@ def test_what_is_printed_fits_a_terminal_and_names_every_layer(
         assert f"--plan {out}".replace(" ", "") in said.replace(" ", "")
 
 
-@pytest.mark.xfail(reason="Measure.in_place overwrites times that it knows")
 def test_the_second_time_all_is_known_and_the_plan_is_the_same(
     place: Place, first: Path, tmp_path: Path
 ) -> None:

@@ -105,8 +105,12 @@ def plan(
             return
         console, files = Console(), PlanFiles(out)
         console.print(plan_report(proposal.prediction, notes))
+        then = (
+            f"Edit the plan if you like, then: `structconv convert ... --plan {files.plan}`."
+            if proposal.plan.structures
+            else "It structures nothing: there is nothing to convert."
+        )
         console.print(
-            f"Wrote [bold]{files.plan}[/], {files.prediction} and {files.picture}. Edit the plan "
-            f"if you like, then: `structconv convert ... --plan {files.plan}`.",
+            f"Wrote [bold]{files.plan}[/], {files.prediction} and {files.picture}. {then}",
             highlight=False,
         )

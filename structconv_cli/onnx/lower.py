@@ -78,6 +78,7 @@ class Lowering:
         dense: the layers left dense, each with its reason.
         carried: the tensors that stand for each dense tensor that is carried in parts.
         removed: channels that nothing reads, by the dense tensor that no longer has them.
+        outputs: how many outputs are left to make, by the name of a layer that lost some.
         forms: "measure", or the form that was asked for.
         structures: the structure that each layer of the dense graph has, told or found.
         environment: where the forms were timed; empty if they were not.
@@ -90,6 +91,7 @@ class Lowering:
     carried: Mapping[str, Carried]
     removed: Mapping[str, int]
     forms: str
+    outputs: Mapping[str, int] = field(default_factory=dict)
     structures: Mapping[str, Structure] = field(default_factory=dict)
     environment: str = ""
     ms: Mapping[str, float] = field(default_factory=dict)
@@ -212,6 +214,7 @@ def lower(
         carried=carried_through(selections, rebuilt.carried),
         removed=_removed(dense, selections) if selections else {},
         forms=f"{how.channels}+{how.space}" if isinstance(how, Form) else MEASURE,
+        outputs=_outputs(dense, graph) if selections else {},
         structures={layer.name: layer.structure for layer in before.values()},
         environment=decision.environment,
         ms=decision.ms,
@@ -288,6 +291,16 @@ def _arranged(told: Structure, kept: tuple[int, ...], weight: torch.Tensor) -> S
     return (
         Structure(dense, (len(kept), *told.reduced[1:])) if told.reads else find_structure(weight)
     )
+
+
+def _outputs(dense: Graph, slim: Graph) -> dict[str, int]:
+    """Outputs of the layers that make fewer than before, by name."""
+    before, after = (
+        {layer: graph.channels(node.output[0]) for node in graph.nodes if (layer := layer_of(node))}
+        for graph in (dense, slim)
+    )
+    left = {name: count for name, count in after.items() if count != before.get(name)}
+    return {name: count for name, count in left.items() if count is not None}
 
 
 def _removed(graph: Graph, selections: Selections) -> dict[str, int]:

@@ -150,22 +150,28 @@ class _Problem:
         if quantity == "ms":
             values[self.first_unit : self.first_space] = self.options.unit_ms
             values[self.first_space :] = [self.options.half_ms[name] for name in self.spaces]
+        elif quantity != "loss":
+            costs = [self.options.half_cost.get(name, Cost(0, 0, 0)) for name in self.spaces]
+            macs = quantity == "macs"
+            values[self.first_space :] = [
+                cost.multiplications if macs else cost.parameters for cost in costs
+            ]
         return values
 
     def _choice(self, solution: npt.NDArray[np.float64]) -> Choice:
         taken = tuple(option for option, x in zip(self.flat, solution, strict=False) if x)
         values = self._values("ms")
+        halves = tuple(name for i, name in enumerate(self.spaces) if solution[self.first_space + i])
+        carried = [self.options.half_cost.get(name, Cost(0, 0, 0)) for name in halves]
         return Choice(
             options=taken,
             parts=tuple(
                 u for u in range(len(self.options.unit_ms)) if solution[self.first_unit + u]
             ),
-            halves=tuple(
-                name for i, name in enumerate(self.spaces) if solution[self.first_space + i]
-            ),
+            halves=halves,
             ms=self.options.fixed_ms + float(values @ solution),
             loss=sum(option.loss for option in taken),
-            cost=sum((option.cost for option in taken), self.options.fixed_cost),
+            cost=sum((*(option.cost for option in taken), *carried), self.options.fixed_cost),
         )
 
 

@@ -54,7 +54,7 @@ def why_kept(network: Network, offered: LayerOptions, *, slimmer: bool) -> str:
     reduced = "x".join(map(str, best.structure.reduced))
     return (
         f"{made}{reduced} would save {dense.ms - best.ms:.2g} ms for a predicted loss of "
-        f"{best.loss:.2g}: other layers give more for less"
+        f"{best.loss:.2g}; the best plan does without"
     )
 
 
@@ -72,7 +72,9 @@ def predicted_layers(
     found = []
     for name in network.order:
         if name in network.kept:
-            found.append(kept_layer(network, name, reasons[name]))
+            space = network.carried_layers.get(name)
+            outputs = network.selectable[space] if space in choice.halves else None
+            found.append(kept_layer(network, name, reasons[name], outputs))
             continue
         option = chosen[name]
         predicted = None if name in reasons else losses[name][option.structure]
@@ -93,7 +95,17 @@ def predicted_layers(
     return tuple(found)
 
 
-def kept_layer(network: Network, name: str, reason: str) -> PredictedLayer:
-    """A layer that cannot be structured at all: it is not timed by itself."""
-    cost = network.kept_costs[name]
-    return PredictedLayer(name, None, reason, cost, cost, None, None, 0.0, 0.0, 0.0)
+def kept_layer(
+    network: Network, name: str, reason: str, outputs: int | None = None
+) -> PredictedLayer:
+    """A layer that cannot be structured at all: it is not timed by itself.
+
+    Args:
+        network: the graph.
+        name: the layer's name.
+        reason: why it cannot be.
+        outputs: how many it still makes, if some are not read any more.
+    """
+    before = network.kept_costs[name]
+    after = before if outputs is None else network.kept_share(name, outputs)
+    return PredictedLayer(name, None, reason, before, after, None, None, 0.0, 0.0, 0.0)

@@ -153,8 +153,8 @@ def _out_of_reach(
         reached = f"{whole:.3g} ms, {speedup:.2f} times as fast"
     return (
         f"{asked} cannot be reached: the best plan there is reaches {reached}, at a predicted loss "
-        f"of {best.loss:.3g}. What holds it: {_holding(options, quantity, best)}. Ask for less, at "
-        f"most {remedy}."
+        f"of {best.loss:.3g}. What holds it: {_holding(options, quantity, best)}. Ask for less: "
+        f"{remedy}."
     )
 
 
@@ -178,5 +178,5 @@ def _holding(options: ModelOptions, quantity: Quantity, best: Choice) -> str:
     words = [f"{options.layers[i].name} ({100 * left(i) / total:.0f} %)" for i in order]
     if quantity == "ms":
         rest = total - sum(option.ms for option in best.options)
-        words.append(f"everything but these layers ({100 * rest / total:.0f} %)")
+        words.append(f"and all that is no such layer ({100 * rest / total:.0f} %)")
     return ", ".join(words)

@@ -26,7 +26,7 @@ def judge(planner: Planner, plan: Plan) -> Prediction:
 
     Args:
         planner: of the plan's model.
-        plan: checked against the model (`planner.check_plan`).
+        plan: checked against the model (`planning.check.check_plan`).
 
     Raises:
         OnnxError: the planned graph cannot be lowered.
@@ -41,7 +41,7 @@ def judge(planner: Planner, plan: Plan) -> Prediction:
         times = measure.whole({"dense": network.graph.model, "planned": lowered})
         planner.cache.save()
     layers = tuple(
-        _layer(planner, entry.name, plan, losses, lowering.removed) for entry in plan.layers
+        _layer(planner, entry.name, plan, losses, lowering.outputs) for entry in plan.layers
     )
     ms = planner.dense_ms * times["planned"] / times["dense"]
     loss = sum(layer.loss for layer in layers)
@@ -94,13 +94,13 @@ def _layer(
     name: str,
     plan: Plan,
     losses: Mapping[str, PredictedLoss],
-    removed: Mapping[str, int],
+    outputs: Mapping[str, int],
 ) -> PredictedLayer:
-    """What becomes of one layer; `removed` counts the channels that nothing reads, by space."""
+    """What becomes of one layer; `outputs` counts those of layers that make fewer."""
     network, structure = planner.network, plan.structures.get(name)
     reason = next((entry.reason for entry in plan.kept if entry.name == name), "")
     if name not in network.layers:
-        return kept_layer(network, name, reason)
+        return kept_layer(network, name, reason, outputs.get(name))
     layer = network.layers[name]
     options = next(entry.options for entry in planner.options.layers if entry.name == name)
     option = _option(options, structure) if structure is not None else options[0]
@@ -110,7 +110,7 @@ def _layer(
         structure=structure,
         reason=reason,
         before=options[0].cost,
-        after=_cost(layer, structure, removed.get(layer.sink or "", 0)),
+        after=_cost(layer, structure, outputs.get(name)),
         ms_before=options[0].ms,
         ms_after=option.ms if option is not None else None,
         residual=loss.residual if loss else 0.0,
@@ -119,9 +119,9 @@ def _layer(
     )
 
 
-def _cost(layer: NetworkLayer, structure: Structure | None, removed: int) -> Cost:
+def _cost(layer: NetworkLayer, structure: Structure | None, outputs: int | None) -> Cost:
     dense = Structure(layer.dense, layer.dense)
-    return layer.cost(structure or dense, layer.spec.weight_shape[0] - removed)
+    return layer.cost(structure or dense, outputs or layer.spec.weight_shape[0])
 
 
 def _option(options: tuple[Option, ...], structure: Structure) -> Option | None:

@@ -9,6 +9,7 @@ A layer is free in its kernel. Its input channels it shares with all other reade
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 import numpy as np
@@ -22,7 +23,7 @@ from structconv_cli.onnx.alternatives import Alternatives, Unit
 from structconv_cli.onnx.example_inputs import with_sizes
 from structconv_cli.onnx.graph import Graph
 from structconv_cli.onnx.nodes import ConvAttributes, is_transposed, layer_of
-from structconv_cli.onnx.roles import Layer
+from structconv_cli.onnx.roles import Carry, Layer
 from structconv_cli.onnx.spaces import Space, Spaces
 from structconv_cli.onnx.structured_node import StructuredNode, dense_weight, layer_obstacle
 from structconv_cli.planning.candidates import BLOCK, Candidate, half, structure_of
@@ -138,6 +139,31 @@ class Network:
             structure = structure_of(layer.dense, candidate)
             found[layer.output] = as_structured(layer.name, layer.node, layer.weight, structure)
         return found
+
+    @cached_property
+    def carried_layers(self) -> dict[str, str]:
+        """The depthwise layers inside selectable spaces, which lose channels with them: space by
+        layer."""
+        found = {}
+        for node in self.graph.nodes:
+            name, space = layer_of(node), self.spaces.of(node.output[0])
+            inside = space is not None and space.name in self.selectable
+            if name in self.kept and inside and isinstance(self.spaces.role(node), Carry):
+                found[str(name)] = space.name if space is not None else ""
+        return found
+
+    def kept_share(self, name: str, outputs: int) -> Cost:
+        """Cost of a depthwise layer that is left with so many channels."""
+        cost, space = self.kept_costs[name], self.spaces.of(self._output_of(name))
+        channels = space.channels if space is not None else outputs
+        return Cost(
+            cost.multiplications * outputs // channels,
+            cost.additions * outputs // channels,
+            cost.parameters * outputs // channels,
+        )
+
+    def _output_of(self, name: str) -> str:
+        return next(str(n.output[0]) for n in self.graph.nodes if layer_of(n) == name)
 
     def is_cut(self, unit: int) -> bool:
         """Whether a unit's parts hold all of its channels, so that any layer can read them."""

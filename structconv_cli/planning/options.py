@@ -1,7 +1,7 @@
 """What a plan chooses from: every structure of every layer with its costs and predicted loss."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from structconv_cli.cost import Cost
 from structconv_cli.planning.latency import Latency, Situation, State
@@ -59,6 +59,7 @@ class ModelOptions:
         unit_ms: what carrying each unit in parts adds (ms).
         unit_spaces: the selectable spaces inside each unit: both at once is not offered.
         half_ms: what selecting half of a space's channels adds (ms), by space.
+        half_cost: what it adds to the cost of layers that cannot be structured; negative.
     """
 
     layers: tuple[LayerOptions, ...]
@@ -67,6 +68,7 @@ class ModelOptions:
     unit_ms: tuple[float, ...]
     unit_spaces: tuple[frozenset[str], ...]
     half_ms: Mapping[str, float]
+    half_cost: Mapping[str, Cost] = field(default_factory=dict)
 
     @property
     def dense_ms(self) -> float:
@@ -128,4 +130,20 @@ def model_options(
         unit_ms=latency.units,
         unit_spaces=tuple(selectable & unit.parts.keys() for unit in network.units),
         half_ms=latency.halves,
+        half_cost=_half_costs(network),
     )
+
+
+def _half_costs(network: Network) -> dict[str, Cost]:
+    """What the depthwise layers of each selectable space lose with half of its channels."""
+    found: dict[str, Cost] = {}
+    for name, space in network.carried_layers.items():
+        whole = network.kept_costs[name]
+        left = network.kept_share(name, network.selectable[space])
+        change = Cost(
+            left.multiplications - whole.multiplications,
+            left.additions - whole.additions,
+            left.parameters - whole.parameters,
+        )
+        found[space] = found.get(space, Cost(0, 0, 0)) + change
+    return found

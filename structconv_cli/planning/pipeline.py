@@ -1,5 +1,6 @@
 """From the user's files to a plan file: load, plan, predict, write."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from structconv_cli.onnx.export import INPUT
 from structconv_cli.onnx.file import load_onnx
 from structconv_cli.onnx.graph import Graph
 from structconv_cli.plan import read_plan
-from structconv_cli.planner import check_plan
+from structconv_cli.planning.check import check_plan
 from structconv_cli.planning.judgement import judge
 from structconv_cli.planning.proposal import Planner, Proposal, ProposalSettings
 from structconv_cli.planning.samples import Samples, check_samples
@@ -170,8 +171,15 @@ def check_plan_destination(files: PlanFiles, *, force: bool) -> None:
         raise PlanError(
             f"{files.plan} is where the plan's picture goes; give --out a name such as plan.json."
         )
-    if files.plan.exists() and not force:
+    every = (files.plan, files.prediction, files.picture)
+    present = [file for file in every if file.exists()]
+    if present and not force:
         raise PlanError(
-            f"{files.plan} exists, and may have been edited. Give another --out, or --force to "
+            f"{present[0]} exists, and may have been edited. Give another --out, or --force to "
             "replace it."
+        )
+    folder = next(parent for parent in files.plan.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise PlanError(
+            f"nothing can be written to {folder}. Give the plan file another place with --out."
         )
