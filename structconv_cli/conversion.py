@@ -26,7 +26,7 @@ class ConvertRequest:
         architecture: what builds the model that it fits.
         data: what to tune and judge on.
         settings: how to fine-tune.
-        n, channels: the rule for all layers (see `planning.rule.rule_plan`), where there is no plan file.
+        n, channels: the rule for all layers (see `planning.rule`), where there is no plan file.
         plan_file: a plan to obey instead.
         targets: what a plan is to be made for instead; empty for none.
         proposal: how such a plan is made.

@@ -143,9 +143,13 @@ def _matching(costs: Floats) -> list[tuple[int, int]]:
     """A perfect matching of small weight, at most that of the pairs (j, j + C/2)."""
     finite = np.where(np.isfinite(costs), costs, 0.0)
     middle = len(costs) // 2
-    starts = ([(j, j + middle) for j in range(middle)], _assigned(finite))
-    found = [_exchanged(start, finite) for start in starts]
-    return min(found, key=lambda pairs: sum(finite[a, b] for a, b in pairs))
+
+    def total(pairs: list[tuple[int, int]]) -> float:
+        return float(sum(finite[a, b] for a, b in pairs))
+
+    given = [(j, j + middle) for j in range(middle)]
+    found = _exchanged(_assigned(finite), finite)
+    return found if total(found) <= total(given) else _exchanged(given, finite)
 
 
 def _assigned(finite: Floats) -> list[tuple[int, int]]:
@@ -173,19 +177,30 @@ def _assigned(finite: Floats) -> list[tuple[int, int]]:
 def _exchanged(pairs: list[tuple[int, int]], costs: Floats) -> list[tuple[int, int]]:
     """Exchange partners between the two pairs that gain most, until nothing gains."""
     first, second = (np.array(side, int) for side in zip(*pairs, strict=True))
-    for _ in range(_PASSES * len(first)):
+
+    def ways(i: int) -> tuple[Floats, Floats]:
+        """Costs of pair i with every other, partners exchanged in both ways: (a, d), (c, b), and
+        (a, c), (b, d)."""
+        a, b = first[i], second[i]
+        return costs[a, second] + costs[first, b], costs[a, first] + costs[b, second]
+
+    def gain(i: int) -> Floats:
         now = costs[first, second]
-        both = now[:, None] + now[None, :]
-        crossed = costs[np.ix_(first, second)]
-        crossed = crossed + crossed.T  # (a, d) and (c, b)
-        parallel = costs[np.ix_(first, first)] + costs[np.ix_(second, second)]
-        gains = both - np.minimum(crossed, parallel)
-        np.fill_diagonal(gains, 0.0)
-        i, j = np.unravel_index(int(gains.argmax()), gains.shape)
-        if gains[i, j] <= 1e-9 * float(now.sum()):
+        found: Floats = now[i] + now - np.minimum(*ways(i))
+        found[i] = 0.0
+        return found
+
+    gains = np.stack([gain(i) for i in range(len(first))])
+    least = 1e-9 * float(costs[first, second].sum())
+    for _ in range(_PASSES * len(first)):
+        i, j = (int(index) for index in np.unravel_index(int(gains.argmax()), gains.shape))
+        if gains[i, j] <= least:
             break
-        if crossed[i, j] <= parallel[i, j]:
+        crossed, parallel = ways(i)
+        if crossed[j] <= parallel[j]:
             second[i], second[j] = second[j], second[i]
         else:
             second[i], first[j] = first[j], second[i]
+        for changed in (i, j):  # no other pair's gain with a third has changed
+            gains[changed] = gains[:, changed] = gain(changed)
     return [(int(a), int(b)) for a, b in zip(first, second, strict=True)]
