@@ -10,18 +10,23 @@ then makes its channels in that order, which costs nothing.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import onnx
+import torch
 
 from structconv_cli.onnx.channels import Carried, Channels
 from structconv_cli.onnx.graph import Graph
+from structconv_cli.onnx.nodes import layer_of
 from structconv_cli.onnx.rebuild import rebuild
 from structconv_cli.onnx.roles import Layer
 from structconv_cli.onnx.spaces import Space, Spaces
-from structconv_cli.onnx.structured_node import dense_weight
+from structconv_cli.onnx.structured_node import StructuredNode, dense_weight, find_structure
 from structconv_cli.structure import Structure
+
+_OTHER_ORDER = "it reads channels in an order in which its input cannot be carried"
+_UNREAD = "the channels that it does not read are read by others, or cannot be left out"
 
 Selections = Mapping[str, tuple[str, tuple[int, ...]]]
 """For each dense tensor that lost channels: the tensor that carries the others, and which."""
@@ -124,3 +129,72 @@ def _of(channels: Channels, kept: tuple[int, ...]) -> Channels:
     total = Channels(channels.total)
     summed = Channels.of(kept[index] for index in total.indices)
     return Channels(selected.plus, subtracted.plus, summed.plus)
+
+
+def arranged_structures(
+    before: Mapping[str, StructuredNode], graph: Graph, selections: Selections
+) -> dict[str, Structure]:
+    """The structures that layers have after their input's channels were arranged."""
+    nodes = {layer_of(node): node for node in graph.nodes}
+    still = {}
+    for layer in before.values():
+        weight = dense_weight(graph, nodes[layer.name])
+        _, kept = selections.get(layer.node.input[0], ("", tuple(range(layer.structure.dense[0]))))
+        structure = _arranged(layer.structure, kept, weight)
+        if not structure.is_dense:
+            still[layer.name] = structure
+    return still
+
+
+def _arranged(told: Structure, kept: tuple[int, ...], weight: torch.Tensor) -> Structure:
+    """A structure when its layer's input has these of its channels, in this order."""
+    dense = (len(kept), *told.dense[1:])
+    order = told.reads or tuple(range(told.dense[0]))
+    if tuple(weight.shape[1:]) != dense:  # a grouped layer: its groups may have gone, as wholes
+        return told if told.dense == tuple(weight.shape[1:]) else find_structure(weight)
+    if told.windows[0] == 1:
+        return Structure(dense, (len(kept), *told.reduced[1:]))
+    if kept == order:
+        return Structure(dense, told.reduced, balanced=told.balanced)
+    return (
+        Structure(dense, (len(kept), *told.reduced[1:])) if told.reads else find_structure(weight)
+    )
+
+
+def unarranged(
+    before: Mapping[str, StructuredNode], after: Collection[str], selections: Selections
+) -> dict[str, str]:
+    """The layers whose channel structure came to nothing, by name, and why.
+
+    Args:
+        before: the structured layers of the dense graph.
+        after: names of those that are still structured.
+        selections: what was arranged.
+    """
+    found = {}
+    for layer in before.values():
+        selects = layer.structure.windows[0] == 1
+        if layer.name not in after and not (selects and layer.node.input[0] in selections):
+            found[layer.name] = _UNREAD if selects else _OTHER_ORDER
+    return found
+
+
+def outputs_left(dense: Graph, slim: Graph) -> dict[str, int]:
+    """Outputs of the layers that make fewer than before, by name."""
+    before, after = (
+        {layer: graph.channels(node.output[0]) for node in graph.nodes if (layer := layer_of(node))}
+        for graph in (dense, slim)
+    )
+    left = {name: count for name, count in after.items() if count != before.get(name)}
+    return {name: count for name, count in left.items() if count is not None}
+
+
+def channels_removed(graph: Graph, selections: Selections) -> dict[str, int]:
+    """Channels removed, by the first tensor of each space."""
+    spaces = Spaces(graph)
+    found = {}
+    for name, (_, kept) in selections.items():
+        space = spaces.of(name)
+        if space is not None and len(kept) < space.channels:
+            found[space.name] = space.channels - len(kept)
+    return found

@@ -7,22 +7,24 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import onnx
-import torch
 
 from structconv_cli.errors import OnnxError
 from structconv_cli.onnx.alternatives import Alternatives, Choice
-from structconv_cli.onnx.arrangement import Selections, arrange_channels, carried_through
+from structconv_cli.onnx.arrangement import (
+    arrange_channels,
+    arranged_structures,
+    carried_through,
+    channels_removed,
+    outputs_left,
+    unarranged,
+)
 from structconv_cli.onnx.channels import Carried
 from structconv_cli.onnx.choose import choose
 from structconv_cli.onnx.forms import CHANNEL_FORMS, SPACE_FORMS, Form
 from structconv_cli.onnx.graph import Graph
-from structconv_cli.onnx.nodes import layer_of
 from structconv_cli.onnx.rebuild import rebuild
 from structconv_cli.onnx.spaces import Spaces
 from structconv_cli.onnx.structured_node import (
-    StructuredNode,
-    dense_weight,
-    find_structure,
     structured_nodes,
 )
 from structconv_cli.onnx.target import Target
@@ -32,8 +34,6 @@ from structconv_cli.structure import Structure
 
 MEASURE = "measure"
 DEFAULT_FORM = Form("split", "average")
-_OTHER_ORDER = "it reads channels in an order in which its input cannot be carried"
-_UNREAD = "the channels that it does not read are read by others, or cannot be left out"
 _OTHER_BASIS = "its input is carried as the differences that other layers read"
 
 
@@ -187,7 +187,7 @@ def lower(
     slim, selections = arrange_channels(model, {o: x.structure for o, x in before.items()})
     graph = Graph(slim)
     if selections or any(layer.structure.reads for layer in before.values()):
-        layers, refused = structured_nodes(graph, _still(before, graph, selections))
+        layers, refused = structured_nodes(graph, arranged_structures(before, graph, selections))
     grouped = [o for o, layer in layers.items() if layer.need and layer.groups > 1]
     alternatives = Alternatives(Spaces(graph, grouped), layers)
     decision = _choose(alternatives, how, observer)
@@ -207,14 +207,15 @@ def lower(
         for output, layer in layers.items()
         if output not in rebuilt.forms
     ]
-    left += _unarranged(before, layers, selections)
+    lost = unarranged(before, {layer.name for layer in layers.values()}, selections)
+    left += [DenseLayer(name, reason, structured=True) for name, reason in lost.items()]
     return rebuilt.model, Lowering(
         layers=written,
         dense=(*left, *(DenseLayer(name, reason) for name, reason in refused.items())),
         carried=carried_through(selections, rebuilt.carried),
-        removed=_removed(dense, selections) if selections else {},
+        removed=channels_removed(dense, selections) if selections else {},
         forms=f"{how.channels}+{how.space}" if isinstance(how, Form) else MEASURE,
-        outputs=_outputs(dense, graph) if selections else {},
+        outputs=outputs_left(dense, graph) if selections else {},
         structures={layer.name: layer.structure for layer in before.values()},
         environment=decision.environment,
         ms=decision.ms,
@@ -244,74 +245,6 @@ def _choose(alternatives: Alternatives, how: Measured | Form, observer: Observer
     choice, ms = choose(alternatives, how.target, how.feeds, cache, observer)
     cache.save()
     return _Decision(choice, environment, ms, cache.measured, cache.hits)
-
-
-def _still(
-    before: Mapping[str, StructuredNode], graph: Graph, selections: Selections
-) -> dict[str, Structure]:
-    """The structures that layers have after their input's channels were arranged."""
-    nodes = {layer_of(node): node for node in graph.nodes}
-    still = {}
-    for layer in before.values():
-        weight = dense_weight(graph, nodes[layer.name])
-        _, kept = selections.get(layer.node.input[0], ("", tuple(range(layer.structure.dense[0]))))
-        structure = _arranged(layer.structure, kept, weight)
-        if not structure.is_dense:
-            still[layer.name] = structure
-    return still
-
-
-def _unarranged(
-    before: Mapping[str, StructuredNode],
-    layers: Mapping[str, StructuredNode],
-    selections: Selections,
-) -> list[DenseLayer]:
-    """Layers whose channel structure came to nothing, and why."""
-    still = {layer.name for layer in layers.values()}
-    found = []
-    for layer in before.values():
-        selects = layer.structure.windows[0] == 1
-        if layer.name in still or (selects and layer.node.input[0] in selections):
-            continue
-        reason = _UNREAD if selects else _OTHER_ORDER
-        found.append(DenseLayer(layer.name, reason, structured=True))
-    return found
-
-
-def _arranged(told: Structure, kept: tuple[int, ...], weight: torch.Tensor) -> Structure:
-    """A structure when its layer's input has these of its channels, in this order."""
-    dense = (len(kept), *told.dense[1:])
-    order = told.reads or tuple(range(told.dense[0]))
-    if tuple(weight.shape[1:]) != dense:  # a grouped layer: its groups may have gone, as wholes
-        return told if told.dense == tuple(weight.shape[1:]) else find_structure(weight)
-    if told.windows[0] == 1:
-        return Structure(dense, (len(kept), *told.reduced[1:]))
-    if kept == order:
-        return Structure(dense, told.reduced, balanced=told.balanced)
-    return (
-        Structure(dense, (len(kept), *told.reduced[1:])) if told.reads else find_structure(weight)
-    )
-
-
-def _outputs(dense: Graph, slim: Graph) -> dict[str, int]:
-    """Outputs of the layers that make fewer than before, by name."""
-    before, after = (
-        {layer: graph.channels(node.output[0]) for node in graph.nodes if (layer := layer_of(node))}
-        for graph in (dense, slim)
-    )
-    left = {name: count for name, count in after.items() if count != before.get(name)}
-    return {name: count for name, count in left.items() if count is not None}
-
-
-def _removed(graph: Graph, selections: Selections) -> dict[str, int]:
-    """Channels removed, by the first tensor of each space."""
-    spaces = Spaces(graph)
-    found = {}
-    for name, (_, kept) in selections.items():
-        space = spaces.of(name)
-        if space is not None and len(kept) < space.channels:
-            found[space.name] = space.channels - len(kept)
-    return found
 
 
 def _fixed(alternatives: Alternatives, form: Form) -> Choice:
