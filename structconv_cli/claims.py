@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from structconv_cli.errors import OnnxError
 from structconv_cli.onnx.channels import Carried, Channels
-from structconv_cli.onnx.graph import Graph
+from structconv_cli.onnx.graph import Graph, attributes
 
 Array = npt.NDArray[np.generic]
 
@@ -45,6 +45,22 @@ class Claims:
         if problem:
             raise OnnxError(f"tensor {name} cannot be carried as is claimed: {problem}.")
         return parts
+
+    def joined(self, name: str) -> Carried | None:
+        """The dense tensor under its own name, where the lowered graph joins its parts to it.
+
+        A Concat of all parts, one behind the other, needs no proof but its own look.
+        """
+        parts, node = self.carried.get(name), self.lowered.producers.get(name)
+        if parts is None or node is None or node.op_type != "Concat":
+            return None
+        indices = [index for _, channels in parts for index in channels.indices]
+        whole = all(channels.is_selection for _, channels in parts)
+        in_order = indices == list(range(self.dense.channels(name) or 0))
+        same = list(node.input) == [tensor for tensor, _ in parts]
+        if not (whole and in_order and same and attributes(node).get("axis") == 1):
+            return None
+        return ((name, Channels.all(len(indices))),)
 
     def stand_ins(self, values: Mapping[str, Array]) -> dict[str, Array]:
         """What the lowered graph's tensors hold, by their names, where the dense ones hold this.

@@ -82,6 +82,9 @@ class LayerNode:
         if structure is not None and structure.dense != weight.shape[1:]:
             raise OnnxError(f"its weight {weight.shape} has not the structure {structure.dense}.")
         groups = ConvAttributes.of(node, weight.shape[2:]).group if node.op_type == "Conv" else 1
+        sources = claims.sources(node.input[0], weight.shape[1] * groups)
+        if groups > 1 and not _whole_groups(sources, weight.shape[1]):
+            sources = claims.joined(node.input[0]) or sources
         return cls(
             node=node,
             name=name,
@@ -89,7 +92,7 @@ class LayerNode:
             bias=bias,
             groups=groups,
             structure=structure,
-            sources=claims.sources(node.input[0], weight.shape[1] * groups),
+            sources=sources,
             targets=claims.sources(node.output[0], len(weight)),
             rank=len(claims.dense.shape(node.input[0]) or ()) or weight.ndim,
         )
@@ -192,7 +195,8 @@ def _run(
     for value, scales in _inputs(shapes):
         (output,) = run_fed(dense, {x: value})
         expected = claims.stand_ins({y: output})
-        found = run_fed(lowered, claims.stand_ins({x: value}))
+        whole = layer.sources[0][0] == x
+        found = run_fed(lowered, {x: value} if whole else claims.stand_ins({x: value}))
         at = "x".join(map(str, value.shape))
         worst = []
         for tensor, part in zip(targets, found, strict=True):

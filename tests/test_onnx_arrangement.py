@@ -593,3 +593,39 @@ def test_any_layers_around_a_residual_stage_stay_exact(
     structures = {name: each for name, each in structures.items() if not each.is_dense}
     if structures:
         lowered(net, structures, *outputs)
+
+
+def grouped_reader() -> Net:
+    """`y` reads `a` by differences, in uneven parts; the groups of `g` read it whole."""
+    net = Net()
+    net.conv("a", "x", 3, WIDE)
+    net.conv("y", "a", WIDE, 5)
+    weight = net.noise("g.weight", 6, WIDE // 2, 3, 3)
+    net.op("Conv", "g", "a", weight, kernel_shape=[3, 3], pads=[1] * 4, group=2)
+    return net
+
+
+def test_groups_that_read_joined_parts_are_proved() -> None:
+    structures = {
+        "y": Structure((WIDE, 3, 3), (2, 3, 3)),
+        "g": Structure((WIDE // 2, 3, 3), (WIDE // 2, 2, 2)),
+    }
+    model, lowering = lowered(grouped_reader(), structures, "y", "g")
+    assert len(lowering.carried["a"]) == 3
+    (join,) = (node for node in model.graph.node if list(node.output) == ["a"])
+    assert join.op_type == "Concat"
+
+
+def test_groups_that_read_parts_joined_in_another_order_are_not() -> None:
+    net = grouped_reader()
+    structures = {"y": Structure((WIDE, 3, 3), (2, 3, 3))}
+    project(net, structures)
+    dense = net.model("y", "g")
+    model, lowering = lower(dense, structures, SPLIT)
+    (join,) = (node for node in model.graph.node if list(node.output) == ["a"])
+    first, *others = list(join.input)
+    del join.input[:]
+    join.input.extend([*others, first])
+    feeds = {"x": np.random.default_rng(1).standard_normal((1, 3, 7, 6)).astype(np.float32)}
+    checks = check_graph(LoweredGraph(dense, model, lowering.carried, structures), feeds)
+    assert any(not check.passed for check in checks)
