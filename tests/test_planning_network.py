@@ -584,3 +584,22 @@ def test_a_selection_becomes_fewer_channels_made_and_read(
     assert (16, 16, 1, 1) in shapes  # b reads them
     assert (32, 16, 3, 3) in shapes  # c as before
     assert (32, 1, 3, 3) not in shapes
+
+
+def test_a_selection_is_offered_where_one_layer_reads_the_tensor() -> None:
+    net = Net()
+    net.conv("a", "x", 3, 16)
+    net.conv("b", net.op("Relu", "ra", "a"), 16, 32)
+    net.conv("c", net.op("Relu", "rb", "b"), 32, 32)
+    net.conv("d", "rb", 32, 16)
+    net.conv("e", "c", 32, 16)
+    network = network_of(net.model("d", "e"))
+    assert {"a", "b"} <= set(network.selectable)
+    alone = Situation(Candidate(channels="selected"), "half", "whole")
+    times = {name: {Situation(Candidate()): 1.0, alone: 0.5} for name in ("b", "c", "d")}
+    latency = Latency(times, 0.0, (), dict.fromkeys(network.selectable, 0.0))
+    found = situations(network, latency, choose_channels(network, None, 1))
+    # `a` is read by `b` alone; `b` is read by `c` and `d`.
+    assert alone in found["b"]
+    assert alone not in found["c"]
+    assert alone not in found["d"]

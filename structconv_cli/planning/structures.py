@@ -14,7 +14,7 @@ from structconv_cli.planning.channel_choice import (
     select_channels,
 )
 from structconv_cli.planning.latency import Latency, Situation
-from structconv_cli.planning.network import Network
+from structconv_cli.planning.network import Network, NetworkLayer
 from structconv_cli.planning.samples import Samples
 from structconv_cli.structure import Structure
 
@@ -74,6 +74,11 @@ def situations(
 ) -> dict[str, dict[Situation, Structure]]:
     """The structure that every timed situation means, by layer; the dense one first.
 
+    A selection is offered where one layer reads the tensor. Where many do, as in a residual stage,
+    what they lose together is far more than the sum of what each loses alone, since the others then
+    still pass the dropped channels on: a ResNet-56 planned with such selections lost 42 points
+    where 0.55 nats were predicted.
+
     Args:
         network: the dense graph.
         latency: whose situations.
@@ -90,6 +95,8 @@ def situations(
         for situation in times:
             if without_first and name == first and situation.candidate != Candidate():
                 continue
+            if _selects_for_many(network, layer, situation):
+                continue
             reads: tuple[int, ...] = ()
             if situation.candidate.channels != "all" and free is not None:
                 selected = situation.candidate.channels == "selected"
@@ -97,3 +104,14 @@ def situations(
             meaning[situation] = structure_of(layer.dense, situation.candidate, reads)
         found[name] = meaning
     return found
+
+
+def _selects_for_many(network: Network, layer: NetworkLayer, situation: Situation) -> bool:
+    """Whether a situation drops channels of a tensor that several layers read."""
+    halved = [
+        name
+        for name, state in ((layer.source, situation.source), (layer.sink, situation.sink))
+        if state == "half" and name is not None
+    ]
+    spaces = (network.spaces.of(name) for name in halved)
+    return any(space is not None and len(space.readers) > 1 for space in spaces)
