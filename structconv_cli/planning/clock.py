@@ -67,6 +67,8 @@ class Stopwatch:
             return dense, Clock()
         times = self.whole({"fastest": fastest})
         slow, fast = times[DENSE], times["fastest"]
+        if not slow:  # not timed: the fastest choice comes to the same graph
+            return dense, Clock()
         # The share of the dense model's time that shrinks as the sum of its nodes does.
         share = (1 - fast / slow) / (1 - quick / dense) if quick < dense else 1.0
         if abs(share - 1) > _PLAUSIBLE:  # so far off is noise, or too short a line to tell

@@ -43,7 +43,8 @@ def judge(planner: Planner, plan: Plan) -> Prediction:
     layers = tuple(
         _layer(planner, entry.name, plan, losses, lowering.outputs) for entry in plan.layers
     )
-    ms = planner.dense_ms * times["planned"] / times["dense"]
+    # Equal graphs are not timed.
+    ms = planner.dense_ms * (times["planned"] / times["dense"] if times["dense"] else 1.0)
     loss = sum(layer.loss for layer in layers)
     return planner.predicted(
         layers=layers,

@@ -195,6 +195,8 @@ class Planner:
     def _measured(self, choice: Choice) -> float:
         """A choice's time (ms), scaled to the dense model's first one: machines drift."""
         times = self.stopwatch.whole({"planned": choice})
+        if not times[DENSE]:  # not timed: the choice comes to the same graph
+            return self.dense_ms
         return self.dense_ms * times["planned"] / times[DENSE]
 
     def _checked(self, targets: Targets, most_loss: float | None) -> tuple[Choice, float | None]:
