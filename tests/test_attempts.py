@@ -42,7 +42,7 @@ def fastest(place: Place) -> RunFolder:
 
 
 def test_a_drop_that_is_held_at_once(fastest: RunFolder) -> None:
-    assert 0 < drop_of(fastest.path) <= 100
+    assert drop_of(fastest.path) <= 100
     prediction = read_json(fastest.prediction, Prediction)
     assert prediction.targets.max_drop == 100
     assert dict(prediction.structures) == dict(read_plan(fastest.plan).structures)
@@ -54,8 +54,11 @@ def test_a_plan_that_loses_too_much_is_given_up_for_a_lighter_one(
     place: Place, fastest: RunFolder, tmp_path: Path
 ) -> None:
     lost = drop_of(fastest.path)
-    most = lost - 0.5
+    most = max(0.0, lost - 0.5)
     result = convert(place, tmp_path / "run", f"--max-drop={most}", *LEARN_NOTHING)
+    if lost <= most:  # the timings of this machine made a fastest plan that loses nothing
+        assert done(result) and not GIVEN_UP.search(" ".join(notes_of(tmp_path / "run")))
+        return
     if result.exit_code:
         # Without learning, lighter plans need not lose less: then all were given up.
         drops = [float(drop) for _, drop in GIVEN_UP.findall(" ".join(result.stderr.split()))]
@@ -103,8 +106,12 @@ def test_what_no_plan_holds_is_told_with_what_was_tried(
     # A tenth is expected to be left after tuning: this plan is predicted to hold it.
     most = round(0.11 * prediction.points, 3)
     words = [f"--max-drop={most}", f"--target-macs={share}", *LEARN_NOTHING]
+    result = convert(place, tmp_path / "run", *words)
+    if not result.exit_code:  # the timings of this machine made a plan that loses little
+        assert drop_of(tmp_path / "run") <= most
+        return
     message = assert_given_up(
-        convert(place, tmp_path / "run", *words),
+        result,
         tmp_path,
         f"loses at most {most:g} points after fine-tuning",
         "--epochs",
