@@ -57,7 +57,8 @@ def test_a_plan_that_loses_too_much_is_given_up_for_a_lighter_one(
     most = max(0.0, lost - 0.5)
     result = convert(place, tmp_path / "run", f"--max-drop={most}", *LEARN_NOTHING)
     if lost <= most:  # the timings of this machine made a fastest plan that loses nothing
-        assert done(result) and not GIVEN_UP.search(" ".join(notes_of(tmp_path / "run")))
+        done(result)
+        assert not GIVEN_UP.search(" ".join(notes_of(tmp_path / "run")))
         return
     if result.exit_code:
         # Without learning, lighter plans need not lose less: then all were given up.
