@@ -16,6 +16,7 @@ from structconv_cli.conversion import ConvertRequest
 from structconv_cli.data.dataset import Dataset
 from structconv_cli.errors import PlanError
 from structconv_cli.finetune import FineTuneResult, finetune
+from structconv_cli.model.checkpoint import Checkpoint
 from structconv_cli.model.inventory import Inventory
 from structconv_cli.onnx.graph import Graph
 from structconv_cli.plan import Plan, read_plan
@@ -30,6 +31,29 @@ from structconv_cli.structure import Structure
 MOST_ATTEMPTS = 4
 _BACK_OFF = 0.8
 """Aim below the loss that would do in proportion: small losses are recovered less completely."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What a conversion starts from, loaded and checked.
+
+    Attributes:
+        checkpoint: the user's weights.
+        model: with these weights, in eval mode.
+        data: to tune and judge on.
+        example: images to trace the model with.
+        inventory: the model's layers.
+        given: the plan of a file or of the rule; None if one is to be made for targets.
+        original: the model as an ONNX graph.
+    """
+
+    checkpoint: Checkpoint
+    model: nn.Module
+    data: Dataset
+    example: torch.Tensor
+    inventory: Inventory
+    given: Plan | None
+    original: onnx.ModelProto
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,21 +81,15 @@ class Attempt:
         return first.evaluation.accuracy - last.evaluation.accuracy
 
 
-def make_planner(
-    request: ConvertRequest,
-    inventory: Inventory,
-    data: Dataset,
-    original: onnx.ModelProto,
-    observer: Observer,
-) -> Planner:
+def make_planner(request: ConvertRequest, ready: Prepared, observer: Observer) -> Planner:
     """Measure and predict what there is to choose from."""
-    name = Graph(original).inputs[0]
-    settings = request.proposal
+    name = Graph(ready.original).inputs[0]
+    settings, data = request.proposal, ready.data
     samples = training_samples(data, name, request.images, settings.sensitivity.seed)
     batch = settings.target.batch_size
     images = data.prepare(data.train.images[:1]).repeat(batch, 1, 1, 1)
     feeds = {name: images.numpy()}
-    return Planner(original, feeds, samples, settings, inventory.refused, observer)
+    return Planner(ready.original, feeds, samples, settings, ready.inventory.refused, observer)
 
 
 def given_plan(request: ConvertRequest, inventory: Inventory) -> Plan:
@@ -85,30 +103,26 @@ def given_plan(request: ConvertRequest, inventory: Inventory) -> Plan:
     return rule_plan(inventory, request.n, request.channels)
 
 
-def attempt(
-    request: ConvertRequest,
-    model: nn.Module,
-    inventory: Inventory,
-    data: Dataset,
-    original: onnx.ModelProto,
-    observer: Observer,
-) -> Attempt:
+def attempt(request: ConvertRequest, ready: Prepared, observer: Observer) -> Attempt:
     """Choose a plan as the request says, and fine-tune the model into it.
 
     Raises:
         PlanError: no plan meets the targets, or holds the drop after fine-tuning.
         TrainingError: fine-tuning fails.
     """
-    if request.targets.is_empty:
-        with observer.stage("plan"):
-            plan = given_plan(request, inventory)
-            observer.note(f"{len(plan.structures)} of {len(plan.layers)} layers structured")
-        tuned, tuning = finetune(model, plan.structures, data, request.settings, observer)
-        return Attempt(plan, None, tuned, tuning)
-    planner = make_planner(request, inventory, data, original, observer)
+    inventory = ready.inventory
+
+    def tuned(plan: Plan, prediction: Prediction | None) -> Attempt:
+        observer.note(f"{len(plan.structures)} of {len(plan.layers)} layers structured")
+        found = finetune(ready.model, plan.structures, ready.data, request.settings, observer)
+        return Attempt(plan, prediction, *found, notes=tuple(tried))
+
+    tried: list[str] = []
+    if ready.given is not None:
+        return tuned(ready.given, None)
+    planner = make_planner(request, ready, observer)
     drop = request.targets.max_drop
     most_loss = None if drop is None else planner.most_loss(drop)
-    tried: list[str] = []
     given_up: list[Mapping[str, Structure]] = []
     for _ in range(MOST_ATTEMPTS):
         try:
@@ -123,10 +137,7 @@ def attempt(
         if proposal.plan.structures in ({}, *given_up):
             break
         plan = check_plan(proposal.plan, inventory.axes, inventory.refused)
-        observer.note(f"{len(plan.structures)} of {len(plan.layers)} layers structured")
-        with torch.random.fork_rng():
-            tuned, tuning = finetune(model, plan.structures, data, request.settings, observer)
-        found = Attempt(plan, proposal.prediction, tuned, tuning, tuple(tried))
+        found = tuned(plan, proposal.prediction)
         if drop is None or found.drop <= drop:
             return found
         tried.append(

@@ -5,13 +5,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import onnx
-import torch
 from torch import nn
 
 from structconv_cli import __version__
 from structconv_cli.approximation import compare_models
 from structconv_cli.artifacts import load_artifacts, run_onnx, save_tensors, stamp
-from structconv_cli.attempts import attempt, given_plan, make_planner
+from structconv_cli.attempts import Prepared, attempt, given_plan, make_planner
 from structconv_cli.conversion import ConvertRequest, ConvertResult, layer_outcomes
 from structconv_cli.cost import Cost
 from structconv_cli.data.dataset import Dataset, check_labels, load_dataset
@@ -50,31 +49,20 @@ def convert(
     """
     start = time.perf_counter()
     check_destination(request.out, request.force)
-    with observer.stage("checkpoint"):
-        checkpoint, model = _load_model(request)
-    with observer.stage("data"):
-        data = _load_data(request, model, observer)
-        observer.note(f"{len(data.train)} training and {len(data.val)} validation images")
-    with observer.stage("export of the original"):
-        # Before the long work: a model that cannot be exported fails here.
-        example = data.prepare(data.train.images[:_TRACE_BATCH])
-        inventory = take_inventory(model, example)
-        check_labels(data, inventory.outputs)
-        if request.targets.is_empty:
-            given_plan(request, inventory)
-        original = export_onnx(model, example)
-    found = attempt(request, model, inventory, data, original, observer)
+    ready = _prepare(request, observer)
+    data, inventory, original = ready.data, ready.inventory, ready.original
+    found = attempt(request, ready, observer)
     plan, tuned, tuning = found.plan, found.model, found.tuning
     with new_run_folder(request.out, request.force) as folder:
         with observer.stage("rewrite and export"):
             save_onnx(original, folder.original_onnx)
-            dense_graph = _write_models(folder, checkpoint, tuned, plan, data, example)
+            dense_graph = _write_models(folder, ready, tuned, plan)
             write_json(plan, folder.plan)
             if found.prediction is not None:
                 write_json(found.prediction, folder.prediction)
                 draw_curve(found.prediction, folder.curve)
             write_json(inventory, folder.inventory)
-            dense_file = _dense_file(folder, checkpoint)
+            dense_file = _dense_file(folder, ready.checkpoint)
             folder.write_info(_run_info(request, folder, inventory, plan, dense_file))
         with observer.stage("lowering"):
             lowering = _lower(folder, dense_graph, plan, data, request, observer)
@@ -112,21 +100,12 @@ def dry_run(request: ConvertRequest, out: Path, observer: Observer = SILENT) -> 
     """
     files = PlanFiles(out)
     check_plan_destination(files, force=request.force)
-    with observer.stage("checkpoint"):
-        _, model = _load_model(request)
-    with observer.stage("data"):
-        data = _load_data(request, model, observer)
-    with observer.stage("export of the original"):
-        example = data.prepare(data.train.images[:_TRACE_BATCH])
-        inventory = take_inventory(model, example)
-        check_labels(data, inventory.outputs)
-        given = given_plan(request, inventory) if request.targets.is_empty else None
-        original = export_onnx(model, example)
-    planner = make_planner(request, inventory, data, original, observer)
-    if given is None:
+    ready = _prepare(request, observer)
+    planner = make_planner(request, ready, observer)
+    if ready.given is None:
         proposal = planner.propose(request.targets)
     else:
-        proposal = Proposal(given, judge(planner, given))
+        proposal = Proposal(ready.given, judge(planner, ready.given))
     write_proposal(proposal, files)
     return proposal
 
@@ -154,6 +133,22 @@ def verify_run(path: Path, observer: Observer = SILENT) -> VerifyResult:
     return result
 
 
+def _prepare(request: ConvertRequest, observer: Observer) -> Prepared:
+    """Load and check all that a conversion starts from, before the long work."""
+    with observer.stage("checkpoint"):
+        checkpoint, model = _load_model(request)
+    with observer.stage("data"):
+        data = _load_data(request, model, observer)
+        observer.note(f"{len(data.train)} training and {len(data.val)} validation images")
+    with observer.stage("export of the original"):
+        example = data.prepare(data.train.images[:_TRACE_BATCH])
+        inventory = take_inventory(model, example)
+        check_labels(data, inventory.outputs)
+        given = given_plan(request, inventory) if request.targets.is_empty else None
+        original = export_onnx(model, example)
+    return Prepared(checkpoint, model, data, example, inventory, given, original)
+
+
 def _load_model(request: ConvertRequest) -> tuple[Checkpoint, nn.Module]:
     checkpoint = load_checkpoint(request.checkpoint)
     model = build_model(request.architecture)
@@ -175,14 +170,10 @@ def _load_data(request: ConvertRequest, model: nn.Module, observer: Observer) ->
 
 
 def _write_models(
-    folder: RunFolder,
-    checkpoint: Checkpoint,
-    tuned: nn.Module,
-    plan: Plan,
-    data: Dataset,
-    example: torch.Tensor,
+    folder: RunFolder, ready: Prepared, tuned: nn.Module, plan: Plan
 ) -> onnx.ModelProto:
     """Write weights, the dense graph and reference outputs; return the graph."""
+    checkpoint, data, example = ready.checkpoint, ready.data, ready.example
     state = tuned.state_dict()
     dense = {name: state[name] for name in checkpoint.tensors}
     save_like(checkpoint, dense, _dense_file(folder, checkpoint))

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from structconv_cli import options
 from structconv_cli.commands.failures import CHECK_FAILED, failures
-from structconv_cli.commands.numbers import parse_floats
+from structconv_cli.commands.parsed import parse_data, parse_targets
 
 if TYPE_CHECKING:
     from structconv_cli.conversion import ConvertRequest
@@ -53,7 +53,6 @@ def convert(
     console = Console()
     with failures(written=f"nothing was written to {out}"):
         from structconv_cli.conversion import ConvertRequest
-        from structconv_cli.data.spec import DataSpec
         from structconv_cli.finetune import FineTuneSettings
         from structconv_cli.model.architecture import Architecture, parse_arguments
         from structconv_cli.onnx.lower import LoweringSettings
@@ -61,14 +60,9 @@ def convert(
         from structconv_cli.onnx.timing_cache import default_path
         from structconv_cli.planning.proposal import REMAINS, ProposalSettings
         from structconv_cli.planning.sensitivity import SensitivitySettings
-        from structconv_cli.planning.targets import Targets, parse_latency
 
-        targets = Targets(
-            target_speedup,
-            parse_latency(target_latency) if target_latency is not None else None,
-            target_macs,
-            target_params,
-            max_drop,
+        targets = parse_targets(
+            target_speedup, target_latency, target_macs, target_params, max_drop
         )
         if plan is not None and not targets.is_empty:
             raise typer.BadParameter("--plan is obeyed as it is; give it without a target.")
@@ -76,14 +70,7 @@ def convert(
         request = ConvertRequest(
             checkpoint=checkpoint,
             architecture=Architecture(arch, parse_arguments(arch_arg or [])),
-            data=DataSpec(
-                data,
-                size,
-                parse_floats("--mean", mean),
-                parse_floats("--std", std),
-                val_split,
-                seed,
-            ),
+            data=parse_data(data, size, mean, std, val_split, seed),
             settings=FineTuneSettings(
                 epochs=epochs,
                 regularised_epochs=_regularised_epochs(epochs, sr_epochs),

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from structconv_cli import options
 from structconv_cli.commands.failures import failures
-from structconv_cli.commands.numbers import parse_floats
+from structconv_cli.commands.parsed import parse_data, parse_targets
 
 
 def plan(
@@ -44,7 +44,6 @@ def plan(
     """
     with failures(written=f"no plan was written to {out}"):
         from structconv_cli.commands.shapes import parse_shapes
-        from structconv_cli.data.spec import DataSpec
         from structconv_cli.json_file import to_json
         from structconv_cli.model.architecture import Architecture, parse_arguments
         from structconv_cli.onnx.export import INPUT
@@ -53,18 +52,13 @@ def plan(
         from structconv_cli.planning.pipeline import PlanFiles, PlanRequest, plan_model
         from structconv_cli.planning.proposal import ProposalSettings
         from structconv_cli.planning.sensitivity import SensitivitySettings
-        from structconv_cli.planning.targets import Targets, parse_latency
         from structconv_cli.report.plan import plan_report
         from structconv_cli.terminal import observer_for
 
         shapes = parse_shapes(input_shape or [], only=INPUT)
         timings = timings or default_path()
-        targets = Targets(
-            target_speedup,
-            parse_latency(target_latency) if target_latency is not None else None,
-            target_macs,
-            target_params,
-            max_drop,
+        targets = parse_targets(
+            target_speedup, target_latency, target_macs, target_params, max_drop
         )
         if plan_file is not None and not targets.is_empty:
             raise typer.BadParameter("--plan predicts a plan as it is; give it without a target.")
@@ -72,16 +66,7 @@ def plan(
             model=model,
             architecture=Architecture(arch, parse_arguments(arch_arg or [])) if arch else None,
             shapes=shapes,
-            data=None
-            if data is None
-            else DataSpec(
-                data,
-                size,
-                parse_floats("--mean", mean),
-                parse_floats("--std", std),
-                val_split,
-                seed,
-            ),
+            data=None if data is None else parse_data(data, size, mean, std, val_split, seed),
             images=images,
             targets=targets,
             settings=ProposalSettings(

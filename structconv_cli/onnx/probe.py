@@ -17,14 +17,19 @@ from structconv_cli.onnx.nodes import is_transposed, layer_of
 Array = npt.NDArray[np.float32]
 
 
-def session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
+def session(model: onnx.ModelProto, threads: int = 0) -> onnxruntime.InferenceSession:
     """A CPU session, its worker threads not spinning (it shares the process with PyTorch).
+
+    Args:
+        model: the graph.
+        threads: in a run; 0 for as many as ONNX Runtime chooses.
 
     Raises:
         OnnxError: ONNX Runtime refuses the model.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     with _runtime_errors("load"):
         return onnxruntime.InferenceSession(

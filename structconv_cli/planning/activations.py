@@ -20,8 +20,7 @@ import torch
 from structconv_cli.errors import OnnxError
 from structconv_cli.onnx.graph import Graph, attributes
 from structconv_cli.onnx.nodes import ConvAttributes, is_transposed
-from structconv_cli.onnx.probe import layer_nodes, run_fed
-from structconv_cli.planning.replacement import session
+from structconv_cli.onnx.probe import layer_nodes, run_fed, session
 from structconv_cli.planning.samples import Array, Feeds, images_per_run
 
 MOST_INPUTS = 6144

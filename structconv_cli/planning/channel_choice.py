@@ -23,7 +23,7 @@ import numpy.typing as npt
 import onnx
 from scipy.optimize import linear_sum_assignment
 
-from structconv_cli.planning.replacement import session
+from structconv_cli.onnx.probe import session
 from structconv_cli.planning.samples import Feeds, images_per_run
 
 Floats = npt.NDArray[np.float64]

@@ -9,9 +9,8 @@ import onnx
 import onnxruntime
 
 from structconv_cli.errors import PlanError
-from structconv_cli.onnx.probe import run_fed
+from structconv_cli.onnx.probe import run_fed, session
 from structconv_cli.planning.divergence import Original, ends_in_softmax
-from structconv_cli.planning.replacement import session
 from structconv_cli.planning.samples import Array, Feeds, Samples, images_per_run
 
 _NUMBERS_RUN = 2**21

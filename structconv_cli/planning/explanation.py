@@ -63,11 +63,11 @@ def predicted_layers(
     options: ModelOptions,
     losses: Mapping[str, Mapping[Structure, PredictedLoss]],
     choice: Choice,
+    plan: Plan,
 ) -> tuple[PredictedLayer, ...]:
-    """What a choice does to each layer, in the order in which they run."""
+    """What a choice, which makes this plan, does to each layer, in the order in which they run."""
     chosen = dict(zip(network.layers, choice.options, strict=True))
     dense = {entry.name: entry.options[0] for entry in options.layers}
-    plan = as_plan(network, options, choice)
     reasons = {entry.name: entry.reason for entry in plan.kept}
     found = []
     for name in network.order:

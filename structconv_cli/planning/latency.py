@@ -185,7 +185,7 @@ class _Runs:
         alternatives: Alternatives,
         choice: Choice,
         level: KernelLevel,
-        place: "Callable[[NetworkLayer], _Place | None]",
+        place: Callable[[NetworkLayer], "_Place | None"],
     ) -> dict[str, float]:
         """Note what the layers take in one run; return what the other nodes do, by output."""
         measure = Measure(alternatives, self.target, self.feeds, self.cache)

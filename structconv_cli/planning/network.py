@@ -8,7 +8,7 @@ A layer is free in its kernel. Its input channels it shares with all other reade
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 
@@ -73,16 +73,7 @@ class NetworkLayer:
 
     def cost(self, structure: Structure, outputs: int) -> Cost:
         """Operations for one image, and weights, when this many outputs are made."""
-        spec = LayerSpec(
-            self.spec.name,
-            self.spec.kind,
-            (outputs, *self.dense),
-            self.spec.stride,
-            self.spec.padding,
-            self.spec.dilation,
-            self.spec.groups,
-            bias=self.spec.bias,
-        )
+        spec = replace(self.spec, weight_shape=(outputs, *self.dense))
         return structured_cost(spec, structure, self.output_size)
 
 

@@ -77,7 +77,7 @@ class Planner:
     Args:
         model: the dense graph, batch norms folded.
         feeds: an input of the real shapes, by name; its images are the target's batch.
-        samples: data to predict losses from; None to estimate them from weights and noise.
+        samples: data to predict losses from; None to estimate them from the weights.
         settings: how.
         refused: layers that must be kept, each with the reason.
         observer: is told of the stages.
@@ -177,15 +177,16 @@ class Planner:
             else:
                 choice, measured = self._checked(targets, most_loss)
             self.cache.save()
+        plan = as_plan(self.network, self.options, choice)
         prediction = self.predicted(
-            layers=predicted_layers(self.network, self.options, self.losses, choice),
+            layers=predicted_layers(self.network, self.options, self.losses, choice, plan),
             cost=choice.cost,
             ms=self.clock.whole(choice.ms),
             measured_ms=measured,
             loss=choice.loss,
             targets=targets,
         )
-        return Proposal(as_plan(self.network, self.options, choice), prediction)
+        return Proposal(plan, prediction)
 
     @cached_property
     def curve(self) -> tuple[Choice, ...]:

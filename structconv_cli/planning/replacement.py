@@ -9,32 +9,10 @@ import onnx
 import onnxruntime
 from onnx import helper
 
-from structconv_cli.errors import OnnxError, one_line
 from structconv_cli.onnx.nodes import is_transposed
-from structconv_cli.onnx.probe import dense_kernel, layer_nodes, run_fed
+from structconv_cli.onnx.probe import dense_kernel, layer_nodes, run_fed, session
 
 Floats = npt.NDArray[np.float64]
-
-
-def session(model: onnx.ModelProto, threads: int) -> onnxruntime.InferenceSession:
-    """A CPU session of so many threads, which do not spin: others may share the machine.
-
-    Raises:
-        OnnxError: ONNX Runtime refuses the model.
-    """
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    try:
-        return onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
-    except Exception as error:
-        # Its exceptions share no root of their own.
-        if not type(error).__module__.startswith("onnxruntime"):
-            raise
-        raise OnnxError(f"ONNX Runtime cannot load the model: {one_line(error)}") from None
 
 
 @dataclass(frozen=True, eq=False)

@@ -138,7 +138,7 @@ class _Prediction:
         self.candidates = {layer: list(dict.fromkeys(c)) for layer, c in candidates.items()}
         evaluated, self.fitted = self._split(samples)
         original = OriginalModel.of(model, evaluated.inputs, settings.threads)
-        if samples is not None and samples.labels is not None:
+        if samples.labels is not None:
             check_labels(samples.labels, original.shape)
         counts = [sum(not s.is_dense for s in c) for c in self.candidates.values()]
         self.allotment = allot(
