@@ -15,7 +15,6 @@ from torch import nn
 from structconv_cli.conversion import ConvertRequest
 from structconv_cli.data.dataset import Dataset
 from structconv_cli.errors import PlanError
-from structconv_cli.finetune import FineTuneResult, finetune
 from structconv_cli.model.checkpoint import Checkpoint
 from structconv_cli.model.inventory import Inventory
 from structconv_cli.onnx.graph import Graph
@@ -27,6 +26,9 @@ from structconv_cli.planning.proposal import Planner
 from structconv_cli.planning.rule import rule_plan
 from structconv_cli.progress import Observer
 from structconv_cli.structure import Structure
+from structconv_cli.tasks.classification import Classification
+from structconv_cli.training.finetune import finetune
+from structconv_cli.training.record import FineTuneResult
 
 MOST_ATTEMPTS = 4
 _BACK_OFF = 0.8
@@ -74,12 +76,6 @@ class Attempt:
     tuning: FineTuneResult
     notes: tuple[str, ...] = ()
 
-    @property
-    def drop(self) -> float:
-        """Points of top-1 accuracy lost."""
-        first, last = self.tuning.stages[0], self.tuning.stages[-1]
-        return first.evaluation.accuracy - last.evaluation.accuracy
-
 
 def make_planner(request: ConvertRequest, ready: Prepared, observer: Observer) -> Planner:
     """Measure and predict what there is to choose from."""
@@ -114,7 +110,16 @@ def attempt(request: ConvertRequest, ready: Prepared, observer: Observer) -> Att
 
     def tuned(plan: Plan, prediction: Prediction | None) -> Attempt:
         observer.note(f"{len(plan.structures)} of {len(plan.layers)} layers structured")
-        found = finetune(ready.model, plan.structures, ready.data, request.settings, observer)
+        recipe = request.recipe
+        task = Classification(ready.data, recipe.batch_size, recipe.augment, recipe.seed)
+        found = finetune(
+            ready.model,
+            plan.structures,
+            task,
+            recipe,
+            hardware=request.hardware,
+            observer=observer,
+        )
         return Attempt(plan, prediction, *found, notes=tuple(tried))
 
     tried: list[str] = []
@@ -138,15 +143,15 @@ def attempt(request: ConvertRequest, ready: Prepared, observer: Observer) -> Att
             break
         plan = check_plan(proposal.plan, inventory.axes, inventory.refused)
         found = tuned(plan, proposal.prediction)
-        if drop is None or found.drop <= drop:
+        if drop is None or found.tuning.drop <= drop:
             return found
         tried.append(
-            f"a plan {proposal.prediction.speedup:.2f} times as fast lost {found.drop:.2f} points, "
+            f"a plan {proposal.prediction.speedup:.2f} times as fast lost {found.tuning.drop:.2f} points, "
             f"more than --max-drop {drop:g}, and was given up."
         )
         given_up.append(proposal.plan.structures)
         assert most_loss is not None
-        most_loss = _BACK_OFF * min(most_loss, proposal.prediction.loss) * drop / found.drop
+        most_loss = _BACK_OFF * min(most_loss, proposal.prediction.loss) * drop / found.tuning.drop
     raise PlanError(
         f"no plan tried loses at most {drop:g} points after fine-tuning: {' '.join(tried)} "
         "Tune longer (--epochs), allow a larger --max-drop, or ask for less."

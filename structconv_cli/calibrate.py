@@ -1,6 +1,7 @@
 """Re-estimating batch-norm statistics after weights have changed."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -8,14 +9,23 @@ from torch import nn
 from structconv_cli.model.eval_mode import eval_mode
 
 
+def _run(model: nn.Module, batch: Any) -> Any:
+    return model(batch)
+
+
 @torch.no_grad()
-def reestimate_batch_norm(model: nn.Module, batches: Iterable[torch.Tensor]) -> int:
+def reestimate_batch_norm(
+    model: nn.Module,
+    batches: Iterable[Any],
+    forward: Callable[[nn.Module, Any], Any] = _run,
+) -> int:
     """Replace every batch norm's running mean and variance by those of `batches`, in place.
 
     Args:
         model: any module; all of it but its batch norms runs in eval mode.
-        batches: prepared images (B, C, H, W), B >= 2; statistics are averaged with equal weight
-            per batch.
+        batches: prepared images (B, C, H, W), B >= 2, or whatever `forward` takes; statistics are
+            averaged with equal weight per batch.
+        forward: runs the model on a batch.
 
     Returns:
         The number of batch norms re-estimated (0: the model has none that keep statistics).
@@ -34,8 +44,8 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[torch.Tensor]) -> 
             norm.momentum = None  # a cumulative average, rather than an exponential one
             norm.train()
         try:
-            for images in batches:
-                model(images)
+            for batch in batches:
+                forward(model, batch)
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum

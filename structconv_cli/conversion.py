@@ -5,7 +5,6 @@ from pathlib import Path
 
 from structconv_cli.cost import Cost, dense_cost, structured_cost
 from structconv_cli.data.spec import DataSpec
-from structconv_cli.finetune import FineTuneResult, FineTuneSettings
 from structconv_cli.model.architecture import Architecture
 from structconv_cli.model.inventory import Inventory
 from structconv_cli.onnx.lower import Lowering, LoweringSettings
@@ -13,6 +12,9 @@ from structconv_cli.plan import KeptLayer, Plan
 from structconv_cli.planning.proposal import ProposalSettings
 from structconv_cli.planning.targets import Targets
 from structconv_cli.structure import Structure
+from structconv_cli.training.hardware import Hardware
+from structconv_cli.training.recipe import Recipe
+from structconv_cli.training.record import FineTuneResult
 
 _SLIMMED = "only the channels that it reads were left to it"
 
@@ -25,12 +27,13 @@ class ConvertRequest:
         checkpoint: the user's checkpoint file.
         architecture: what builds the model that it fits.
         data: what to tune and judge on.
-        settings: how to fine-tune.
+        recipe: how to fine-tune.
         n, channels: the rule for all layers (see `planning.rule`), where there is no plan file.
         plan_file: a plan to obey instead.
         targets: what a plan is to be made for instead; empty for none.
         proposal: how such a plan is made.
         images: training images that it is made from.
+        hardware: where to fine-tune.
         out: the run folder to write.
         force: whether an existing run folder is replaced.
         lowering: how the ONNX forms are chosen.
@@ -40,7 +43,7 @@ class ConvertRequest:
     checkpoint: Path
     architecture: Architecture
     data: DataSpec
-    settings: FineTuneSettings
+    recipe: Recipe
     n: int
     channels: float
     plan_file: Path | None
@@ -50,6 +53,7 @@ class ConvertRequest:
     targets: Targets = field(default_factory=Targets)
     proposal: ProposalSettings = field(default_factory=ProposalSettings)
     images: int = 512
+    hardware: Hardware = field(default_factory=Hardware)
     command: tuple[str, ...] = ()
 
 

@@ -15,7 +15,6 @@ from structconv_cli.conversion import ConvertRequest, ConvertResult, layer_outco
 from structconv_cli.cost import Cost
 from structconv_cli.data.dataset import Dataset, check_labels, load_dataset
 from structconv_cli.errors import PlanError, StructconvError
-from structconv_cli.finetune import FineTuneResult
 from structconv_cli.json_file import write_json
 from structconv_cli.model.architecture import build_model
 from structconv_cli.model.checkpoint import Checkpoint, load_checkpoint, load_into, save_like
@@ -31,6 +30,7 @@ from structconv_cli.progress import SILENT, Observer
 from structconv_cli.report.curve import draw_curve
 from structconv_cli.rewrite import rewrite
 from structconv_cli.run_folder import FORMAT, RunFolder, RunInfo, check_destination, new_run_folder
+from structconv_cli.training.record import FineTuneResult
 from structconv_cli.verify import VerifyResult, record_reference, verify
 
 _EVALUATION_BATCH = 64
@@ -239,7 +239,7 @@ def _run_info(
 
 
 def _warnings(tuning: FineTuneResult, classes: int) -> list[str]:
-    original = tuning.stages[0].evaluation.accuracy
+    original = tuning.stages[0].evaluation.score
     if original < 200 / classes:
         return [
             f"The original model is right on only {original:.1f} % of the validation images, near "

@@ -21,6 +21,10 @@ class DataError(StructconvError):
     """A dataset cannot be read, or does not fit the model."""
 
 
+class TaskError(StructconvError):
+    """A task does not fit the model or the data, or a hook of the user's own fails."""
+
+
 class StructureError(StructconvError, ValueError):
     """A structure is impossible, or does not belong to the tensor it is applied to.
 

@@ -16,6 +16,11 @@ def to_json(value: object) -> bytes:
     return TypeAdapter(type(value)).dump_json(value, indent=2) + b"\n"
 
 
+def from_json(text: str | bytes, kind: type[T]) -> T:
+    """A dataclass from the JSON of `to_json` (pydantic's ValidationError if it is not that)."""
+    return TypeAdapter(kind).validate_json(text)
+
+
 def write_json(value: object, path: Path) -> None:
     """Write a dataclass as JSON; the file appears whole or not at all."""
     # A name of its own: another process may be writing the same file.
@@ -34,7 +39,7 @@ def read_json(path: Path, kind: type[T]) -> T:
         RunFolderError: the file is missing, or does not hold such a dataclass.
     """
     try:
-        return TypeAdapter(kind).validate_json(path.read_bytes())
+        return from_json(path.read_bytes(), kind)
     except OSError as error:
         raise RunFolderError(
             f"cannot read {path}: {error.strerror}. Run `structconv convert` again."

@@ -53,13 +53,13 @@ def convert(
     console = Console()
     with failures(written=f"nothing was written to {out}"):
         from structconv_cli.conversion import ConvertRequest
-        from structconv_cli.finetune import FineTuneSettings
         from structconv_cli.model.architecture import Architecture, parse_arguments
         from structconv_cli.onnx.lower import LoweringSettings
         from structconv_cli.onnx.target import Target
         from structconv_cli.onnx.timing_cache import default_path
         from structconv_cli.planning.proposal import REMAINS, ProposalSettings
         from structconv_cli.planning.sensitivity import SensitivitySettings
+        from structconv_cli.training.recipe import Recipe
 
         targets = parse_targets(
             target_speedup, target_latency, target_macs, target_params, max_drop
@@ -71,9 +71,9 @@ def convert(
             checkpoint=checkpoint,
             architecture=Architecture(arch, parse_arguments(arch_arg or [])),
             data=parse_data(data, size, mean, std, val_split, seed),
-            settings=FineTuneSettings(
+            recipe=Recipe(
                 epochs=epochs,
-                regularised_epochs=_regularised_epochs(epochs, sr_epochs),
+                regularised=_regularised_epochs(epochs, sr_epochs),
                 batch_size=batch_size,
                 learning_rate=lr,
                 sr_lambda=sr_lambda,

@@ -6,7 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from structconv_cli.conversion import ConvertResult
-from structconv_cli.report.text import big, bytes_text, grouped, sizes, spaced
+from structconv_cli.report.text import big, bytes_text, count, grouped, sizes, spaced
 from structconv_cli.report.verification import exactness_verdict
 from structconv_cli.verify import VerifyResult
 
@@ -37,19 +37,21 @@ def _layer_table(result: ConvertResult) -> Table:
 
 
 def _stage_table(result: ConvertResult) -> Table:
-    stages = result.finetune.stages
+    stages, metric = result.finetune.stages, result.finetune.metric
+    name = metric.name[0].upper() + metric.name[1:]
+    unit = f" ({metric.unit})" if metric.unit else ""
     table = Table(
-        title=f"Accuracy by stage, {stages[0].evaluation.images} validation images",
+        title=f"{name}{unit} by stage, {count(stages[0].evaluation.examples, 'example')}",
         title_justify="left",
     )
     table.add_column("stage")
-    for column in ("top-1 %", "change", "loss", "largest residual"):
+    for column in (metric.name, "change", "loss", "largest residual"):
         table.add_column(column, justify="right")
     for stage in stages:
-        change = stage.evaluation.accuracy - stages[0].evaluation.accuracy
+        change = stage.evaluation.score - stages[0].evaluation.score
         table.add_row(
             stage.stage,
-            f"{stage.evaluation.accuracy:.2f}",
+            f"{stage.evaluation.score:.2f}",
             f"{change:+.2f}" if stage is not stages[0] else "",
             f"{stage.evaluation.loss:.4f}",
             f"{stage.max_residual:.1e}",

@@ -1,0 +1,105 @@
+"""Fine-tuning a model into its structured subspaces and inside them.
+
+Stages: *regularised* (task loss + lambda * structural loss; see `training.recipe`), *projected*,
+*batch norm re-estimated*, *fine-tuned* (weights held in the subspaces by projecting after every
+step, then batch norm re-estimated again). The score after each is part of the result: projection
+without training costs most of it, and training pays it back.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from structconv_cli.progress import SILENT, Observer
+from structconv_cli.structure import Structure
+from structconv_cli.tasks.task import Task
+from structconv_cli.training.hardware import Hardware
+from structconv_cli.training.recipe import Recipe
+from structconv_cli.training.record import FineTuneResult
+from structconv_cli.training.training import Training
+from structconv_cli.world import ALONE, World
+
+
+class Keeper(Protocol):
+    """Keeps the state of an unfinished training."""
+
+    def load(self) -> dict[str, Any] | None:
+        """The last state that was kept; None if there is none."""
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Keep a state in place of the last one."""
+
+
+def finetune(
+    model: nn.Module,
+    structures: Mapping[str, Structure],
+    task: Task,
+    recipe: Recipe,
+    *,
+    hardware: Hardware | None = None,
+    world: World = ALONE,
+    keeper: Keeper | None = None,
+    enough: Callable[[float], bool] = lambda drop: False,
+    observer: Observer = SILENT,
+    teacher: nn.Module | None = None,
+) -> tuple[nn.Module, FineTuneResult]:
+    """Return a tuned copy of the model, its planned weights inside their subspaces, and the record.
+
+    Args:
+        model: the original; untouched.
+        structures: of its layers, by name.
+        task: what it is trained for and judged by.
+        recipe: how.
+        hardware: where; the CPU in float32 by default.
+        world: the processes that train together. All must call this with the same arguments.
+        keeper: keeps the state after every epoch, and gives back one to go on from.
+        enough: whether a drop (in the metric's unit) is small enough to stop early.
+        observer: is told of the stages.
+        teacher: whose outputs are followed; by default the model's.
+
+    Raises:
+        TrainingError: the loss stops being a finite number, nothing can be trained, or another
+            process is lost.
+    """
+    tuned = copy.deepcopy(model)
+    with torch.random.fork_rng():
+        training = Training(
+            tuned, structures, task, recipe, hardware or Hardware(), world, observer, teacher
+        )
+        _train(training, keeper, enough)
+    tuned.cpu().eval()
+    result = FineTuneResult(
+        recipe, task.metric, tuple(training.stages), tuple(training.epochs)
+    )
+    return tuned.to(memory_format=torch.contiguous_format), result
+
+
+def _train(training: Training, keeper: Keeper | None, enough: Callable[[float], bool]) -> None:
+    world, recipe = training.world, training.recipe
+    if not recipe.epochs:
+        training.stage("original", lambda: None)
+        training.cross()
+        return
+    kept = world.same(keeper.load() if keeper is not None and world.first else None)
+    if kept is not None:
+        training.load(kept)
+    else:
+        training.stage("original", lambda: None)
+    with training.observer.stage("training"):
+        while training.epoch < recipe.epochs and not _stops(training, enough):
+            training.run_epoch()
+            if keeper is not None and world.first:
+                keeper.save(training.state())
+    if training.schedule.regularised < training.schedule.steps:
+        training.stage("fine-tuned", training.finish)
+
+
+def _stops(training: Training, enough: Callable[[float], bool]) -> bool:
+    """Whether the last epoch, inside the subspaces, left a drop that is small enough."""
+    if not training.crossed or not training.epochs or training.epochs[-1].evaluation is None:
+        return False
+    before, after = training.stages[0].evaluation, training.epochs[-1].evaluation
+    return enough(training.task.metric.drop(before.score, after.score))

@@ -1,0 +1,75 @@
+"""Where and in what precision training runs."""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from structconv_cli.errors import TrainingError
+from structconv_cli.world import local_rank
+
+Precision = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """How steps are computed. The weights are float32 in any case.
+
+    Attributes:
+        device: "cpu" or "cuda"; with several processes, each takes the GPU of its local rank.
+        precision: "bf16" computes convolutions and products in bfloat16 (autocast).
+        channels_last: whether images and weights are laid out so: quicker on GPUs.
+        compiled: whether `torch.compile` is used.
+    """
+
+    device: str = "cpu"
+    precision: Precision = "fp32"
+    channels_last: bool = False
+    compiled: bool = False
+
+    def check(self) -> None:
+        """Check that this machine has the device.
+
+        Raises:
+            TrainingError: it has not.
+        """
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise TrainingError(
+                "--train-device cuda was given, but torch finds no CUDA device here (torch "
+                f"{torch.__version__}). Install a CUDA build of torch, or train with "
+                "--train-device cpu."
+            )
+
+    @property
+    def torch_device(self) -> torch.device:
+        """This process's device."""
+        return torch.device(self.device, local_rank() if self.device == "cuda" else None)
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """Move a model there, in place."""
+        model.to(self.torch_device)
+        if self.channels_last:
+            # nn.Module.to alters parameters with four axes only, as is wanted.
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return model
+
+    def move(self, batch: Any) -> Any:
+        """A batch with its tensors there."""
+
+        def moved(leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            if self.channels_last and leaf.ndim == 4 and leaf.is_floating_point():
+                return leaf.to(
+                    self.torch_device, non_blocking=True, memory_format=torch.channels_last
+                )
+            return leaf.to(self.torch_device, non_blocking=True)
+
+        return pytree.tree_map(moved, batch)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision, for the block."""
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16")

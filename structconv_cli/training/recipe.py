@@ -1,0 +1,49 @@
+"""How a model is fine-tuned into its structure: what can be chosen, and the named choices."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Residual = Literal["falling", "proximal", "free"]
+Strength = Literal["fixed", "rising"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to fine-tune.
+
+    A *regularised* phase draws weights into their subspaces with the structural loss; then they are
+    projected, and tuned inside them.
+
+    Attributes:
+        epochs: in all; 0 only projects and re-estimates batch norm.
+        regularised: epochs of these in the regularised phase; need not be whole.
+        residual: what else the regularised phase does with the residual. "falling": it is held
+            under a limit that falls from what it was to zero. "proximal": the structural loss acts
+            by its proximal step in place of its gradient. "free": nothing.
+        strength: whether lambda is the same throughout, or rises from 0.
+        sr_lambda: weight of the structural loss (the paper's lambda), at its largest.
+        batch_size: examples per step and process.
+        accumulate: steps whose gradients are added up before the weights change.
+        learning_rate: peak of a cosine schedule with a short warm-up, for SGD with Nesterov
+            momentum 0.9.
+        weight_decay: on all parameters.
+        distillation: share of the loss that follows the original model's outputs, 0 to 1; the rest
+            is the task's own.
+        averaging: decay of the moving average of the weights that is the result; 0 for none.
+        augment: random changes to training images.
+        seed: of all that is random.
+    """
+
+    epochs: int
+    regularised: float
+    residual: Residual = "falling"
+    strength: Strength = "fixed"
+    sr_lambda: float = 0.1
+    batch_size: int = 64
+    accumulate: int = 1
+    learning_rate: float = 0.02
+    weight_decay: float = 5e-4
+    distillation: float = 0.5
+    averaging: float = 0.0
+    augment: tuple[str, ...] = ()
+    seed: int = 0

@@ -1,0 +1,42 @@
+"""Learning rate and regularisation over the steps of a training."""
+
+import math
+from dataclasses import dataclass
+
+from structconv_cli.training.recipe import Recipe
+
+_WARM_UP = 0.05
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What holds at each step (weights change once a step).
+
+    Attributes:
+        recipe: the recipe.
+        steps_per_epoch: weight changes in an epoch.
+    """
+
+    recipe: Recipe
+    steps_per_epoch: int
+
+    @property
+    def steps(self) -> int:
+        """In all."""
+        return self.recipe.epochs * self.steps_per_epoch
+
+    @property
+    def regularised(self) -> int:
+        """Steps of the regularised phase."""
+        return min(self.steps, round(self.recipe.regularised * self.steps_per_epoch))
+
+    def learning_rate(self, step: int) -> float:
+        """A cosine from the recipe's peak to zero, after a linear rise over a twentieth."""
+        rise = min(1.0, (step + 1) / max(1, round(_WARM_UP * self.steps)))
+        return self.recipe.learning_rate * rise * (1 + math.cos(math.pi * step / self.steps)) / 2
+
+    def strength(self, step: int) -> float:
+        """The structural loss's lambda in the regularised phase."""
+        if self.recipe.strength == "fixed":
+            return self.recipe.sr_lambda
+        return self.recipe.sr_lambda * (step + 1) / max(1, self.regularised)

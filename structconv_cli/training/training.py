@@ -1,0 +1,259 @@
+"""The training loop: a model, its teacher, its optimiser, and where they stand."""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from structconv_cli.calibrate import reestimate_batch_norm
+from structconv_cli.errors import TrainingError
+from structconv_cli.json_file import from_json, to_json
+from structconv_cli.model.eval_mode import eval_mode
+from structconv_cli.progress import Observer
+from structconv_cli.rewrite import project_weights, residuals, structured_parameters
+from structconv_cli.structure import Structure
+from structconv_cli.tasks.task import Batch, Evaluation, Task
+from structconv_cli.training.descent import Descent
+from structconv_cli.training.hardware import Hardware
+from structconv_cli.training.recipe import Recipe
+from structconv_cli.training.record import EpochResult, StageResult
+from structconv_cli.training.schedule import Schedule
+from structconv_cli.world import World
+
+_EPOCH_SEEDS = 1_000_003
+
+
+class Training:
+    """A model on its way into its structure. All that is random follows the seed and the epoch.
+
+    Args:
+        model: trained in place.
+        structures: of its layers, by name.
+        task: what it is trained for.
+        recipe: how.
+        hardware: where.
+        world: the processes that train together.
+        observer: is told of the stages and steps.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        structures: Mapping[str, Structure],
+        task: Task,
+        recipe: Recipe,
+        hardware: Hardware,
+        world: World,
+        observer: Observer,
+        teacher: nn.Module | None = None,
+    ) -> None:
+        self.structures, self.task, self.recipe = structures, task, recipe
+        self.hardware, self.world, self.observer = hardware, world, observer
+        self.model = hardware.place(model)
+        self.schedule = Schedule(recipe, max(1, task.steps // recipe.accumulate))
+        self.descent = Descent(structured_parameters(model, structures), self.schedule)
+        self.teacher = None
+        if recipe.distillation and recipe.epochs:
+            self.teacher = hardware.place(teacher or copy.deepcopy(model)).eval()
+        self.epoch = self.step = 0
+        self.crossed = False
+        self.stages: list[StageResult] = []
+        self.epochs: list[EpochResult] = []
+        if recipe.epochs:
+            self._optimizer = self._make_optimizer()
+            self._average = None
+            if recipe.averaging:
+                self._average = AveragedModel(
+                    model, multi_avg_fn=get_ema_multi_avg_fn(recipe.averaging)
+                )
+            self._runner: nn.Module = torch.compile(model) if hardware.compiled else model  # type: ignore[assignment]
+            if world.size > 1:
+                self._runner = DistributedDataParallel(self._runner, find_unused_parameters=True)
+
+    # Stages -----------------------------------------------------------------------------------
+
+    def stage(self, name: str, work: Callable[[], None]) -> None:
+        """Do something, then judge the model and record it."""
+        with self.observer.stage(name):
+            start = time.perf_counter()
+            work()
+            seconds = time.perf_counter() - start
+            found = self.evaluate()
+            if self.step:
+                self._require_finite(found.loss, f"after the {name} stage")
+            self.stages.append(StageResult(name, found, self._max_residual(), seconds))
+            self.observer.note(self.task.metric.text(found.score))
+
+    def evaluate(self) -> Evaluation:
+        """The model as it is, on the validation part."""
+        hardware = self.hardware
+
+        def forward(batch: Batch) -> Any:
+            with torch.no_grad(), hardware.autocast():
+                return self.task.forward(self.model, hardware.move(batch))
+
+        with eval_mode(self.model):
+            return self.task.evaluate(forward)
+
+    def project(self) -> None:
+        """Bring every structured weight into its subspace, exactly."""
+        project_weights(self.model, self.structures)
+
+    def reestimate(self) -> None:
+        """Take batch-norm statistics anew."""
+        if self.world.first:
+            batches = (self.hardware.move(batch) for batch in self.task.calibration())
+            reestimate_batch_norm(self.model, batches, self.task.forward)
+        self.world.same_tensors(self.model)
+
+    def cross(self) -> None:
+        """Leave the regularised phase: into the subspaces, for good."""
+        self.crossed = True
+        self.stage("projected", self.project)
+        self.stage("batch norm re-estimated", self.reestimate)
+
+    def finish(self) -> None:
+        """Make the result of what was trained: the averaged weights, exactly in their subspaces."""
+        if self._average is not None:
+            averaged = zip(self.model.parameters(), self._average.parameters(), strict=True)
+            with torch.no_grad():
+                for parameter, average in averaged:
+                    parameter.copy_(average)
+        self.project()
+        self.reestimate()
+
+    # Epochs -----------------------------------------------------------------------------------
+
+    def run_epoch(self) -> None:
+        """Train for one epoch."""
+        # Dropout and the like: whatever came before, and in every process otherwise.
+        torch.manual_seed(
+            (self.recipe.seed * _EPOCH_SEEDS + self.epoch) * self.world.size + self.world.rank
+        )
+        losses, micro = 0.0, self.recipe.accumulate
+        whole = self.schedule.steps_per_epoch * micro
+        self._set_training()
+        for done, batch in enumerate(self.task.training(self.epoch)):
+            if done == whole:
+                break
+            if done % micro == 0 and self.step == self.schedule.regularised and not self.crossed:
+                self._leave_regularised()
+            last = done % micro == micro - 1
+            losses += self._backward(batch, last)
+            self._require_finite(losses, f"in epoch {self.epoch + 1}")
+            if last:
+                self._change_weights()
+            self.observer.steps(self.epoch * whole + done + 1, self.recipe.epochs * whole)
+        self.epoch += 1
+        if self.step == self.schedule.regularised and not self.crossed:
+            self._leave_regularised()
+        self._record_epoch(losses / whole)
+
+    def _leave_regularised(self) -> None:
+        if self.schedule.regularised:
+            self.stage("regularised", lambda: None)
+        self.cross()
+        self._set_training()
+
+    def _record_epoch(self, loss: float) -> None:
+        phase = "fine-tuned" if self.crossed else "regularised"
+        loss = float(self.world.sum(torch.tensor(loss))) / self.world.size
+        found = self.evaluate() if self.epoch < self.recipe.epochs else None
+        self.epochs.append(EpochResult(self.epoch, phase, loss, self._max_residual(), found))
+        judged = f", {self.task.metric.text(found.score)}" if found else ""
+        self.observer.note(f"epoch {self.epoch} of {self.recipe.epochs}, loss {loss:.4f}{judged}")
+
+    def _set_training(self) -> None:
+        self._runner.train()
+        for module in self.model.modules():
+            own = list(module.parameters(recurse=False))
+            if own and not any(parameter.requires_grad for parameter in own):
+                module.eval()  # a frozen batch norm keeps its statistics
+
+    def _backward(self, batch: Batch, last: bool) -> float:
+        batch = self.hardware.move(batch)
+        waits = isinstance(self._runner, DistributedDataParallel) and not last
+        with self._runner.no_sync() if waits else nullcontext():  # type: ignore[operator]
+            with self.hardware.autocast():
+                outputs = self.task.forward(self._runner, batch)
+                loss = self._loss(outputs, batch)
+            (loss / self.recipe.accumulate).backward()
+        return float(loss.detach())
+
+    def _loss(self, outputs: Any, batch: Batch) -> torch.Tensor:
+        loss, share = self.task.loss(outputs, batch), self.recipe.distillation
+        if self.teacher is None:
+            return loss
+        with torch.no_grad():
+            taught = self.task.forward(self.teacher, batch)
+        return (1 - share) * loss + share * self.task.distillation(outputs, taught, batch)
+
+    def _change_weights(self) -> None:
+        rate = self.schedule.learning_rate(self.step)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self.descent.before_step(self.step)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.descent.after_step(self.step)
+        self.step += 1
+        if self._average is not None and self.crossed:
+            self._average.update_parameters(self.model)
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        if not trained:
+            raise TrainingError(
+                "the model has no parameter to train: all are frozen (requires_grad=False). "
+                "Unfreeze some in the factory, or use --epochs 0."
+            )
+        return torch.optim.SGD(
+            trained,
+            lr=self.recipe.learning_rate,
+            momentum=0.9,
+            nesterov=True,
+            weight_decay=self.recipe.weight_decay,
+        )
+
+    def _require_finite(self, loss: float, when: str) -> None:
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"the loss became {loss} {when}. Lower --lr (now {self.recipe.learning_rate:g}), "
+                "and check that --mean and --std are those the model was trained with."
+            )
+
+    def _max_residual(self) -> float:
+        return max(residuals(self.model, self.structures).values(), default=0.0)
+
+    # What is kept -----------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """All that the rest of the training depends on, at the end of an epoch: plain tensors,
+        numbers and text in dicts and lists."""
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "crossed": self.crossed,
+            "model": self.model.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "average": None if self._average is None else self._average.state_dict(),
+            "stages": [to_json(entry).decode() for entry in self.stages],
+            "epochs": [to_json(entry).decode() for entry in self.epochs],
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        self.epoch, self.step, self.crossed = state["epoch"], state["step"], state["crossed"]
+        self.model.load_state_dict(state["model"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        if self._average is not None:
+            self._average.load_state_dict(state["average"])
+        self.stages = [from_json(text, StageResult) for text in state["stages"]]
+        self.epochs = [from_json(text, EpochResult) for text in state["epochs"]]

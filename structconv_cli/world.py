@@ -1,0 +1,102 @@
+"""The processes that train together, started by torch's own launcher (torchrun)."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from torch import distributed, nn
+
+from structconv_cli.errors import TrainingError, one_line
+
+_PATIENCE = timedelta(minutes=30)
+"""How long processes wait for one another: the first plans and exports while others wait."""
+
+
+@dataclass(frozen=True)
+class World:
+    """One process's place among those that train together.
+
+    Attributes:
+        rank: from 0; process 0 writes.
+        size: how many there are.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.rank == 0
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of all processes' tensors, in each of them."""
+        if self.size > 1:
+            with _reached():
+                distributed.all_reduce(values)
+        return values
+
+    def same[T](self, value: T) -> T:
+        """Process 0's value, in each of them: text, numbers, tensors in plain containers."""
+        if self.size == 1:
+            return value
+        held: list[T] = [value]
+        with _reached():
+            distributed.broadcast_object_list(held)
+        return held[0]
+
+    @torch.no_grad()
+    def same_tensors(self, model: nn.Module) -> None:
+        """Give each process process 0's parameters and buffers, in place."""
+        if self.size == 1:
+            return
+        with _reached():
+            for tensor in model.state_dict().values():
+                distributed.broadcast(tensor, 0)
+
+
+ALONE = World()
+
+
+def launched() -> bool:
+    """Whether torchrun, or another launcher like it, started several processes."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ
+
+
+@contextmanager
+def joined(device: str) -> Iterator[World]:
+    """Join the other processes for as long as the block lasts; alone without a launcher.
+
+    Raises:
+        TrainingError: the others cannot be reached, or are lost.
+    """
+    if not launched():
+        yield ALONE
+        return
+    with _reached():
+        distributed.init_process_group("nccl" if device == "cuda" else "gloo", timeout=_PATIENCE)
+    try:
+        yield World(distributed.get_rank(), distributed.get_world_size())
+    finally:
+        distributed.destroy_process_group()
+
+
+def local_rank() -> int:
+    """This process's number on its machine: which of its GPUs it takes."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+@contextmanager
+def _reached() -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, distributed.DistError) as error:
+        rank = os.environ.get("RANK", "?")
+        raise TrainingError(
+            f"process {rank} lost the others: {one_line(error)[:200]}. One of them stopped; its "
+            "own message says why. Start all of them again, with --resume to go on from the last "
+            "epoch that was saved."
+        ) from None
