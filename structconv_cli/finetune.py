@@ -18,6 +18,7 @@ from torch import nn
 
 from structconv_cli.calibrate import reestimate_batch_norm
 from structconv_cli.data.dataset import Dataset
+from structconv_cli.data.order import Shuffle
 from structconv_cli.errors import TrainingError
 from structconv_cli.progress import SILENT, Observer
 from structconv_cli.regularizer import limit_residual, residual_limit, structural_loss
@@ -135,8 +136,8 @@ class _Tuning:
         self.settings, self.observer = settings, observer
         self.weights = list(structured_parameters(model, structures).values())
         self.teacher = copy.deepcopy(model).eval() if settings.distillation else None
-        self.generator = torch.Generator().manual_seed(settings.seed)
-        self.steps_per_epoch = max(1, len(data.train.labels) // settings.batch_size)
+        self.passes = 0
+        self.steps_per_epoch = max(1, len(data.train) // settings.batch_size)
         self.step = 0
         self.stages: list[StageResult] = []
         self.epochs: list[EpochResult] = []
@@ -202,7 +203,7 @@ class _Tuning:
             for batch, _ in self.data.batches(
                 self.data.train,
                 _EVALUATION_BATCH,
-                generator=self.generator,
+                shuffle=self._shuffle(),
                 augment=self.settings.augment,
             ):
                 if len(batch) > 1:
@@ -252,15 +253,18 @@ class _Tuning:
         return (1 - share) * loss + share * distillation_loss(logits, taught)
 
     def _training_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        batches = self.data.batches(
+        # The last, smaller batch is left out: a batch norm over few images is noise.
+        return self.data.batches(
             self.data.train,
             self.settings.batch_size,
-            generator=self.generator,
+            shuffle=self._shuffle(),
             augment=self.settings.augment,
+            drop_last=True,
         )
-        # The last, smaller batch is left out: a batch norm over few images is noise.
-        for _, batch in zip(range(self.steps_per_epoch), batches, strict=False):
-            yield batch
+
+    def _shuffle(self) -> Shuffle:
+        self.passes += 1
+        return Shuffle(self.settings.seed, self.passes - 1)
 
     def _set_learning_rate(self, optimizer: torch.optim.Optimizer) -> None:
         total = self.settings.epochs * self.steps_per_epoch
