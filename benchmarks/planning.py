@@ -42,7 +42,6 @@ from structconv_cli.calibrate import reestimate_batch_norm
 from structconv_cli.cost import dense_cost, structured_cost
 from structconv_cli.data.dataset import Dataset, load_dataset
 from structconv_cli.data.spec import DataSpec
-from structconv_cli.data.split import Split
 from structconv_cli.finetune import FineTuneResult, FineTuneSettings, _Tuning, finetune
 from structconv_cli.json_file import read_json, write_json
 from structconv_cli.model.architecture import Architecture, build_model
@@ -233,11 +232,9 @@ class Study:
             data = load_dataset(spec, channels=3)
             count = min(self.options.train_images, len(data.train))
             chosen = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(1))
-            some = Split(data.train.images[chosen[:count]], data.train.labels[chosen[:count]])
-            left = slice(0, None, max(1, len(data.val) // self.options.test_images))
-            self._data = replace(
-                data, train=some, val=Split(data.val.images[left], data.val.labels[left])
-            )
+            left = torch.arange(0, len(data.val), max(1, len(data.val) // self.options.test_images))
+            some = data.train.part(chosen[:count])
+            self._data = replace(data, train=some, val=data.val.part(left))
         return self._data
 
     def model(self) -> nn.Module:
@@ -342,10 +339,10 @@ class Study:
     def _screen(self, model: nn.Module) -> float:
         order = torch.randperm(len(self.data.train), generator=torch.Generator().manual_seed(0))
         fitted, judged = order[:CALIBRATION_IMAGES], order[CALIBRATION_IMAGES:][:SCREENING_IMAGES]
-        images, labels = self.data.train.images, self.data.train.labels
-        reestimate_batch_norm(model, [self.data.prepare(b) for b in images[fitted].split(256)])
-        split = Split(images[judged], labels[judged])
-        return evaluate(model, self.data.batches(split, 256)).accuracy
+        train = self.data.train
+        images, _ = train.fetch(fitted)
+        reestimate_batch_norm(model, [self.data.prepare(b) for b in images.split(256)])
+        return evaluate(model, self.data.batches(train.part(judged), 256)).accuracy
 
     def plan_file(self, target: str) -> Path:
         return self.folder / f"{target}.plan.json"

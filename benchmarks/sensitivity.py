@@ -69,7 +69,8 @@ def some(
     dataset: Dataset, split: Split, count: int, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))[:count]
-    return dataset.prepare(split.images[order]), split.labels[order]
+    images, labels = split.fetch(order)
+    return dataset.prepare(images), labels
 
 
 def draw_plans(model: nn.Module, count: int, seed: int) -> list[Plan]:
@@ -118,8 +119,7 @@ def projected(model: nn.Module, plan: Plan) -> nn.Module:
 def trained(model: nn.Module, plan: Plan, data: Dataset, images: int) -> nn.Module:
     """One epoch inside the subspaces, on a part of the training images."""
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(3))[:images]
-    train = Split(data.train.images[order], data.train.labels[order])
-    val = Split(data.val.images[:64], data.val.labels[:64])
+    train, val = data.train.part(order), data.val.part(torch.arange(64))
     part = dataclasses.replace(data, train=train, val=val)
     settings = FineTuneSettings(1, 0, augment=("crop", "flip"))
     return finetune(model, plan, part, settings)[0]

@@ -83,7 +83,7 @@ def make_planner(request: ConvertRequest, ready: Prepared, observer: Observer) -
     settings, data = request.proposal, ready.data
     samples = training_samples(data, name, request.images, settings.sensitivity.seed)
     batch = settings.target.batch_size
-    images = data.prepare(data.train.images[:1]).repeat(batch, 1, 1, 1)
+    images = data.prepare(data.train.first(1)).repeat(batch, 1, 1, 1)
     feeds = {name: images.numpy()}
     return Planner(ready.original, feeds, samples, settings, ready.inventory.refused, observer)
 

@@ -141,7 +141,7 @@ def _prepare(request: ConvertRequest, observer: Observer) -> Prepared:
         data = _load_data(request, model, observer)
         observer.note(f"{len(data.train)} training and {len(data.val)} validation images")
     with observer.stage("export of the original"):
-        example = data.prepare(data.train.images[:_TRACE_BATCH])
+        example = data.prepare(data.train.first(_TRACE_BATCH))
         inventory = take_inventory(model, example)
         check_labels(data, inventory.outputs)
         given = given_plan(request, inventory) if request.targets.is_empty else None
@@ -181,7 +181,7 @@ def _write_models(
     save_tensors(rewritten.state_dict(), folder.structured_weights, plan)
     dense_graph = export_onnx(tuned, example)
     save_onnx(dense_graph, folder.dense_onnx)
-    real = data.prepare(data.val.images[:64])
+    real = data.prepare(data.val.first(64))
     save_tensors(record_reference(tuned, tuple(example.shape[1:]), real), folder.reference, plan)
     return dense_graph
 
@@ -196,7 +196,7 @@ def _lower(
 ) -> Lowering:
     """Write the lowered graph, and how it was lowered."""
     batch = request.lowering.target.batch_size
-    images = data.prepare(data.val.images[:1]).repeat(batch, 1, 1, 1).numpy()
+    images = data.prepare(data.val.first(1)).repeat(batch, 1, 1, 1).numpy()
     how = request.lowering.how({dense.graph.input[0].name: images})
     structured, lowering = lower(dense, plan.structures, how, observer)
     stamp(structured, plan, lowering.layers)

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from structconv_cli.data import digits_sample, image_folder
 from structconv_cli.data.augmentation import augment_batch
 from structconv_cli.data.dataset import Dataset, check_labels, load_dataset
+from structconv_cli.data.order import Shuffle
 from structconv_cli.data.spec import DataSpec
 from structconv_cli.data.split import Split, split_stratified
 from structconv_cli.errors import DataError
@@ -589,8 +590,8 @@ def test_prepare():
 @settings(deadline=None)
 def test_batches_go_through_every_example_once(count: int, batch_size: int, shuffle: bool):
     data = make_dataset(torch.arange(count, dtype=torch.float32).view(count, 1, 1, 1))
-    generator = seeded() if shuffle else None
-    batches = list(data.batches(data.train, batch_size, generator=generator))
+    order = Shuffle(0, 0) if shuffle else None
+    batches = list(data.batches(data.train, batch_size, shuffle=order))
     images = torch.cat([x for x, _ in batches]).flatten()
     labels = torch.cat([y for _, y in batches])
     assert [len(y) for _, y in batches[:-1]] == [batch_size] * (len(batches) - 1)
@@ -607,7 +608,7 @@ def test_batches_repeat_with_the_seed():
             [
                 x
                 for x, _ in data.batches(
-                    data.train, 8, generator=seeded(n), augment=("crop", "flip")
+                    data.train, 8, shuffle=Shuffle(n, 0), augment=("crop", "flip")
                 )
             ]
         )
@@ -621,7 +622,7 @@ def test_batches_refuse_nonsense():
     data = make_dataset(torch.zeros(4, 1, 8, 8))
     with pytest.raises(ValueError, match="batch_size"):
         next(data.batches(data.train, 0))
-    with pytest.raises(ValueError, match="generator"):
+    with pytest.raises(ValueError, match="shuffle"):
         next(data.batches(data.train, 2, augment=("flip",)))
     with pytest.raises(ValueError, match="rotate"):
         augment_batch(data.train.images, {"rotate"}, seeded())

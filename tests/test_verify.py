@@ -65,8 +65,8 @@ def converted(
     digits = load_dataset(DataSpec("digits"), channels=1)
     arrays = {}
     for part, split in (("train", digits.train), ("val", digits.val)):
-        arrays[f"x_{part}"] = split.images[:IMAGES].movedim(1, -1).numpy()
-        arrays[f"y_{part}"] = split.labels[:IMAGES].numpy()
+        images, labels = split.fetch(torch.arange(IMAGES))
+        arrays[f"x_{part}"], arrays[f"y_{part}"] = images.movedim(1, -1).numpy(), labels.numpy()
     np.savez(folder / "digits.npz", **arrays)
     request = ConvertRequest(
         checkpoint=SAMPLES / "resnet20_digits.pt",

@@ -7,6 +7,7 @@ Three sources: the bundled sample `digits`, a folder of images in class sub-fold
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from structconv_cli.data.augmentation import augment_batch
 from structconv_cli.data.digits_sample import load_digits
 from structconv_cli.data.image_folder import load_folder
 from structconv_cli.data.npz_archive import load_npz
+from structconv_cli.data.order import Shuffle, batch_indices
 from structconv_cli.data.spec import DataSpec, check_spec
 from structconv_cli.data.split import Parts, Split
 from structconv_cli.errors import DataError
@@ -31,6 +33,9 @@ class Dataset:
         mean: per channel, on values in [0, 1].
         std: per channel.
         notes: what the user should know about the loading, one sentence each.
+        ignore_label: of mask pixels that are neither learned nor judged; augmentation's new pixels
+            have it too.
+        workers: processes that decode what is not held in memory; None to follow the cores.
     """
 
     train: Split
@@ -39,6 +44,8 @@ class Dataset:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     notes: tuple[str, ...] = ()
+    ignore_label: int = 255
+    workers: int | None = None
 
     def prepare(self, images: Tensor) -> Tensor:
         """Normalise images (B, C, H, W) to float32: uint8 is divided by 255, float is not."""
@@ -52,34 +59,47 @@ class Dataset:
         split: Split,
         batch_size: int,
         *,
-        generator: torch.Generator | None = None,
+        shuffle: Shuffle | None = None,
         augment: Collection[str] = (),
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Go once through `split`, in order, or shuffled when there is a generator.
+        rank: int = 0,
+        world: int = 1,
+        drop_last: bool = False,
+    ) -> Iterator[tuple[Tensor, Any]]:
+        """Go once through the share of `split` that `rank` of `world` takes.
 
-        Yields float32 images (B, C, H, W), augmented and then normalised, so that the crop's
-        padding is black, and int64 labels (B,). The last batch may be smaller.
+        In order without `shuffle`. The same `shuffle`, `rank` and `world` give the same batches,
+        bit for bit; torch's global random state is left alone.
+
+        Yields float32 images (B, C, H, W), augmented and then normalised, so that new pixels are
+        black, and int64 labels (B,), or masks (B, H, W), or None for unlabelled images.
+
+        With `drop_last` all batches are of `batch_size`, and every rank has equally many: see
+        `batch_indices`. Without, the last may be smaller, and every example comes exactly once.
 
         Raises:
-            ValueError: `batch_size` is below 1, or `augment` comes without a generator.
+            ValueError: `batch_size`, `rank` or `world` is out of range, or `augment` comes without
+                `shuffle`, or has an unknown name.
+            DataError: an image that is not held in memory cannot be decoded.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}, expected at least 1")
-        if augment and generator is None:
-            raise ValueError("augment is random and needs a generator")
-        if generator is None:
-            order = torch.arange(len(split))
-        else:
-            order = torch.randperm(len(split), generator=generator)
-        for chosen in torch.split(order, batch_size):
-            images = split.images[chosen]
-            if generator is not None:
+        if augment and shuffle is None:
+            raise ValueError("augment is random and needs shuffle")
+        chosen = batch_indices(
+            len(split), batch_size, shuffle=shuffle, rank=rank, world=world, drop_last=drop_last
+        )
+        for step, indices in enumerate(chosen):
+            images, targets = split.fetch(indices)
+            if shuffle is not None:
+                generator = torch.Generator().manual_seed(shuffle.batch_seed(step, rank))
                 images = augment_batch(images, augment, generator)
-            yield self.prepare(images), split.labels[chosen]
+            yield self.prepare(images), targets
 
 
 def load_dataset(
-    spec: DataSpec, *, channels: int, progress: Callable[[int, int], None] | None = None
+    spec: DataSpec,
+    *,
+    channels: int,
+    progress: Callable[[int, int], None] | None = None,
+    need_labels: bool = True,
 ) -> Dataset:
     """Read a dataset into memory.
 
@@ -87,6 +107,7 @@ def load_dataset(
         spec: what to load.
         channels: what the model takes. Images of a folder are converted; arrays must match.
         progress: called with the images decoded so far and in all, for a folder.
+        need_labels: False to take unlabelled images too.
 
     Raises:
         DataError: the source is missing, empty, malformed, too large for the memory, does not
@@ -94,7 +115,7 @@ def load_dataset(
     """
     check_spec(spec, channels)
     try:
-        parts = _read(spec, channels, progress)
+        parts = _read(spec, channels, progress, need_labels)
     except OSError as error:
         raise DataError(
             f"The data {spec.source} cannot be read: {error.strerror or error}. Check that it and "
@@ -108,6 +129,8 @@ def load_dataset(
         mean=spec.mean or (0.0,) * channels,
         std=spec.std or (1.0,) * channels,
         notes=parts.notes,
+        ignore_label=spec.ignore_label,
+        workers=spec.workers,
     )
 
 
@@ -117,7 +140,8 @@ def check_labels(dataset: Dataset, num_outputs: int) -> None:
     Raises:
         DataError: a label is too large.
     """
-    largest = int(max(part.labels.max() for part in (dataset.train, dataset.val)))
+    parts = [part.labels for part in (dataset.train, dataset.val) if part.labels is not None]
+    largest = max((int(labels.max()) for labels in parts), default=-1)
     if largest >= num_outputs:
         raise DataError(
             f"The data's largest label is {largest} (class {dataset.classes[largest]!r} of "
@@ -127,14 +151,19 @@ def check_labels(dataset: Dataset, num_outputs: int) -> None:
         )
 
 
-def _read(spec: DataSpec, channels: int, progress: Callable[[int, int], None] | None) -> Parts:
+def _read(
+    spec: DataSpec,
+    channels: int,
+    progress: Callable[[int, int], None] | None,
+    need_labels: bool,
+) -> Parts:
     path = Path(spec.source)
     if spec.source == "digits":
         return load_digits(spec, channels)
     if path.is_dir():
         return load_folder(spec, path, channels, progress)
     if path.exists():
-        return load_npz(spec, path, channels)
+        return load_npz(spec, path, channels, need_labels)
     raise DataError(
         f"The data {path} does not exist: give a folder of images in class sub-folders, an .npz "
         "file, or digits for the bundled sample."
@@ -149,6 +178,8 @@ def _check_parts(spec: DataSpec, parts: Parts) -> None:
             f"The data {spec.source} has an empty {part} part ({len(train)} training and "
             f"{len(val)} validation examples): add examples to it."
         )
+    if train.labels is None:
+        return
     present = torch.unique(train.labels)
     if len(present) < 2:
         raise DataError(

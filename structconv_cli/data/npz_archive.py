@@ -1,4 +1,4 @@
-"""Images and labels from a NumPy `.npz` archive."""
+"""Images, and labels or masks, from a NumPy `.npz` archive."""
 
 import zipfile
 from collections.abc import Mapping
@@ -18,15 +18,17 @@ from structconv_cli.data.split import (
     Split,
     refuse_val_split,
     require_val_split,
-    split_stratified,
+    split_off,
 )
 from structconv_cli.errors import DataError, one_line
 
 _MOST_CLASSES = 100_000
 
 
-def load_npz(spec: DataSpec, path: Path, channels: int) -> Parts:
-    """Read images x and class indices y (N,), or x_train, y_train, x_val and y_val.
+def load_npz(spec: DataSpec, path: Path, channels: int, need_labels: bool = True) -> Parts:
+    """Read images x and class indices y, or x_train, y_train, x_val and y_val.
+
+    y is (N,), or (N, H, W) for masks. Where no labels are needed it may be lacking.
 
     Images are uint8, or floats of any width, in shape (N, C, H, W) or (N, H, W, C), taken as the
     first where both fit; with one channel also in (N, H, W).
@@ -38,34 +40,44 @@ def load_npz(spec: DataSpec, path: Path, channels: int) -> Parts:
     arrays = read_arrays(path)
     own = {"x_train", "y_train", "x_val", "y_val"}
     if own & arrays.keys():
-        names = own
-        found = "x_val and y_val"
+        names, found = own, "x_val and y_val"
     else:
-        names = {"x", "y"}
-        found = "x and y"
+        names, found = {"x", "y"}, "x and y"
+    if not need_labels:
+        names = {name for name in names if name[0] == "x"} | (names & arrays.keys())
     if missing := sorted(names - arrays.keys()):
         raise DataError(
             f"The archive {path} lacks {', '.join(missing)} (it has "
             f"{', '.join(sorted(arrays)) or 'no arrays'}): it must hold x and y, or x_train, "
             "y_train, x_val and y_val."
         )
-    if names == own:
+    if "x_val" in names:
         refuse_val_split(spec, found)
         train = _make_split(path, arrays, "_train", spec, channels)
         val = _make_split(path, arrays, "_val", spec, channels)
-        if train.images.shape[1:] != val.images.shape[1:]:
+        if train.image_shape != val.image_shape:
             raise DataError(
-                f"The archive {path} has training images of shape {tuple(train.images.shape[1:])} "
-                f"but validation images of shape {tuple(val.images.shape[1:])}: make them equal, "
-                "or give --size."
+                f"The archive {path} has training images of shape {train.image_shape} but "
+                f"validation images of shape {val.image_shape}: make them equal, or give --size."
+            )
+        if _kind(train) != _kind(val):
+            raise DataError(
+                f"The archive {path} has {_kind(train)} for training but {_kind(val)} for "
+                "validation: give both the same."
             )
     else:
         fraction = require_val_split(spec, found)
         everything = _make_split(path, arrays, "", spec, channels)
-        indices = split_stratified(everything.labels.numpy(), fraction, spec.seed)
-        train, val = (Split(everything.images[i], everything.labels[i]) for i in indices)
-    count = 1 + max((int(part.labels.max()) for part in (train, val) if len(part)), default=-1)
+        train, val = split_off(everything, fraction, spec.seed)
+    labels = [part.labels for part in (train, val) if part.labels is not None and len(part)]
+    count = 1 + max((int(part.max()) for part in labels), default=-1)
     return Parts(train, val, tuple(str(label) for label in range(count)))
+
+
+def _kind(split: Split) -> str:
+    if split.targets is None:
+        return "no labels"
+    return "masks" if split.labels is None else "labels"
 
 
 def read_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
@@ -105,44 +117,79 @@ def resize(images: Tensor, size: int) -> Tensor:
     height, width = images.shape[2:]
     if (height, width) == (size, size):
         return images
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    square = images[:, :, top : top + side, left : left + side]
+    square = _central_square(images)
+    antialias = size < square.shape[2]
     parts = [
-        F.interpolate(part, (size, size), mode="bilinear", antialias=size < side)
+        F.interpolate(part, (size, size), mode="bilinear", antialias=antialias)
         for part in torch.split(square, 1024)
     ]
     return torch.cat(parts) if parts else square.new_zeros((0, images.shape[1], size, size))
 
 
+def resize_masks(masks: Tensor, size: int) -> Tensor:
+    """Crop masks (N, H, W) as `resize` does, and scale them by taking the nearest label."""
+    square = _central_square(masks)
+    # The centre of each new pixel, as a place in the old ones.
+    nearest = ((torch.arange(size) + 0.5) * square.shape[1] / size).long()
+    return square[:, nearest][:, :, nearest]
+
+
+def _central_square(images: Tensor) -> Tensor:
+    height, width = images.shape[-2:]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return images[..., top : top + side, left : left + side]
+
+
 def _make_split(
     path: Path, arrays: Mapping[str, npt.NDArray[Any]], part: str, spec: DataSpec, channels: int
 ) -> Split:
-    x, y = arrays["x" + part], arrays["y" + part]
-    if y.ndim != 1 or y.dtype.kind not in "iu":
-        raise DataError(
-            f"y{part} in {path} has shape {y.shape} and dtype {y.dtype}: it must hold one whole "
-            "number per image, its class index, in shape (N,)."
-        )
-    if len(x.shape) == 0 or len(x) != len(y):
-        raise DataError(
-            f"x{part} in {path} has shape {x.shape} but y{part} has {len(y)} labels: there must be "
-            "one label per image."
-        )
-    if len(y) and not 0 <= y.min() <= y.max() < _MOST_CLASSES:
-        raise DataError(
-            f"y{part} in {path} has labels from {y.min()} to {y.max()}: they must be class indices "
-            f"counted from 0, below {_MOST_CLASSES}."
-        )
+    x, y = arrays["x" + part], arrays.get("y" + part)
+    if y is not None:
+        _check_targets(path, part, x, y)
     images = torch.from_numpy(_arrange(path, "x" + part, x, channels))
     if images.is_floating_point() and not images.isfinite().all():
         bad = int((~images.isfinite()).flatten(1).any(1).sum())
         raise DataError(
             f"x{part} in {path} has NaN or infinity in {bad} of {len(x)} images: remove them."
         )
+    targets = None
+    if y is not None and y.ndim == 1:
+        targets = torch.from_numpy(y.astype(np.int64))
+    elif y is not None:
+        _check_masks(path, part, images, y)
+        targets = torch.from_numpy(y.astype(np.uint8 if y.dtype == np.uint8 else np.int32))
+        if spec.size is not None:
+            targets = resize_masks(targets, spec.size)
     if spec.size is not None:
         images = resize(images, spec.size)
-    return Split(images, torch.from_numpy(y.astype(np.int64)))
+    return Split(images, targets)
+
+
+def _check_targets(path: Path, part: str, x: npt.NDArray[Any], y: npt.NDArray[Any]) -> None:
+    if y.ndim not in (1, 3) or y.dtype.kind not in "iu":
+        raise DataError(
+            f"y{part} in {path} has shape {y.shape} and dtype {y.dtype}: it must hold one whole "
+            "number per image, its class index, in shape (N,), or one per pixel, (N, H, W)."
+        )
+    if len(x.shape) == 0 or len(x) != len(y):
+        raise DataError(
+            f"x{part} in {path} has shape {x.shape} but y{part} has {len(y)} labels: there must be "
+            "one label per image."
+        )
+    if y.size and not 0 <= y.min() <= y.max() < _MOST_CLASSES:
+        raise DataError(
+            f"y{part} in {path} has labels from {y.min()} to {y.max()}: they must be class indices "
+            f"counted from 0, below {_MOST_CLASSES}."
+        )
+
+
+def _check_masks(path: Path, part: str, images: Tensor, y: npt.NDArray[Any]) -> None:
+    if y.shape[1:] != images.shape[2:]:
+        raise DataError(
+            f"y{part} in {path} has masks of {y.shape[1]}x{y.shape[2]} (height x width), but the "
+            f"images are {images.shape[2]}x{images.shape[3]}: a mask has one label for each pixel."
+        )
 
 
 def _arrange(

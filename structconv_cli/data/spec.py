@@ -19,6 +19,8 @@ class DataSpec:
         std: per channel, divided by after that; empty for 1.
         val_split: fraction of each class to validate on, for a source without a validation part.
         seed: of the random choice behind `val_split`.
+        ignore_label: of mask pixels that are neither learned nor judged.
+        workers: processes that decode what is not held in memory; None to follow the cores.
     """
 
     source: str
@@ -27,6 +29,8 @@ class DataSpec:
     std: tuple[float, ...] = ()
     val_split: float | None = None
     seed: int = 0
+    ignore_label: int = 255
+    workers: int | None = None
 
     def __post_init__(self) -> None:
         if self.source != "digits":
@@ -54,6 +58,10 @@ def check_spec(spec: DataSpec, channels: int) -> None:
             raise DataError(f"The {name} is {values}: give finite numbers.")
     if any(value <= 0 for value in spec.std):
         raise DataError(f"The std is {spec.std}: give numbers above zero.")
+    if spec.ignore_label < 0:
+        raise DataError(f"The ignored label is {spec.ignore_label}: give one from 0, such as 255.")
+    if spec.workers is not None and spec.workers < 0:
+        raise DataError(f"The number of workers is {spec.workers}: give 0 or more.")
     if spec.val_split is not None and not 0 < spec.val_split < 1:
         raise DataError(
             f"The validation split is {spec.val_split}: give a fraction between 0 and 1, for "

@@ -1,25 +1,108 @@
-"""The training and the validation part of labelled images, and how one is split off the other."""
+"""The training and the validation part of a dataset, and how one is split off the other."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from structconv_cli.data.spec import DataSpec
 from structconv_cli.errors import DataError
 
 
+class Rows(Protocol):
+    """Images or targets, held in memory (a tensor) or decoded when they are asked for."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes, as of a tensor: (N, C, H, W), (N, H, W) or (N,)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, indices: Tensor, /) -> Tensor:
+        """The rows of `indices`, int64 (B,), in this order."""
+
+
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Images of shape (N, C, H, W), uint8 or float32, and their labels of shape (N,), int64."""
+    """Images, and what is known of them.
 
-    images: Tensor
-    labels: Tensor
+    Attributes:
+        images: (N, C, H, W), uint8 or float32.
+        targets: class indices (N,), int64; masks of class indices (N, H, W), of any integer type;
+            None for unlabelled images.
+    """
+
+    images: Rows
+    targets: Rows | None = None
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.images)
+
+    @property
+    def labels(self) -> Tensor | None:
+        """Class indices (N,), int64; None where there are masks or nothing."""
+        targets = self.targets
+        return targets if isinstance(targets, Tensor) and targets.ndim == 1 else None
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether a fetch decodes nothing."""
+        return all(rows is None or isinstance(rows, Tensor) for rows in (self.images, self.targets))
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """(C, H, W)."""
+        return tuple(self.images.shape[1:])
+
+    def fetch(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Images (B, C, H, W) of `indices`, int64 (B,), as stored, and their targets.
+
+        Returns:
+            Images, uint8 or float32; labels (B,) or masks (B, H, W), int64, or None.
+
+        Raises:
+            DataError: an image that is not held in memory cannot be decoded.
+        """
+        targets = None if self.targets is None else self.targets[indices].long()
+        return self.images[indices], targets
+
+    def part(self, indices: Tensor) -> "Split":
+        """The examples of `indices`, int64 (N,), in this order."""
+        targets = None if self.targets is None else _chosen(self.targets, indices)
+        return Split(_chosen(self.images, indices), targets)
+
+    def first(self, count: int) -> Tensor:
+        """The first `count` images, or all if there are fewer: (B, C, H, W).
+
+        Raises:
+            DataError: as `fetch`.
+        """
+        return self.fetch(torch.arange(min(count, len(self))))[0]
+
+
+@dataclass(frozen=True, eq=False)
+class _Chosen:
+    """Some rows of others."""
+
+    rows: Rows
+    indices: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self), *self.rows.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, indices: Tensor, /) -> Tensor:
+        return self.rows[self.indices[indices]]
+
+
+def _chosen(rows: Rows, indices: Tensor) -> Rows:
+    return rows[indices] if isinstance(rows, Tensor) else _Chosen(rows, indices)
 
 
 class Parts(NamedTuple):
@@ -53,6 +136,20 @@ def split_stratified(
         count = min(max(round(len(members) * fraction), 1), len(members) - 1)
         chosen[generator.permutation(members)[:count]] = True
     return np.flatnonzero(~chosen), np.flatnonzero(chosen)
+
+
+def split_off(everything: Split, fraction: float, seed: int) -> tuple[Split, Split]:
+    """Split examples into a training and a validation part, by class where they have labels.
+
+    Args:
+        everything: the examples.
+        fraction: of the examples, that goes to validation.
+        seed: of the choice.
+    """
+    labels = everything.labels
+    strata = np.zeros(len(everything), np.int64) if labels is None else labels.numpy()
+    train, val = split_stratified(strata, fraction, seed)
+    return everything.part(torch.from_numpy(train)), everything.part(torch.from_numpy(val))
 
 
 def require_val_split(spec: DataSpec, found: str) -> float:

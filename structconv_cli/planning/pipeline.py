@@ -4,7 +4,6 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from structconv_cli.data.dataset import Dataset, load_dataset
@@ -91,7 +90,7 @@ def plan_model(
     with observer.stage("model"):
         shapes = dict(request.shapes)
         if data is not None and request.architecture is not None:
-            shapes.setdefault(INPUT, (2, *data.train.images.shape[1:]))
+            shapes.setdefault(INPUT, (2, *data.train.image_shape))
         graph, notes = load_graph(request.model, request.architecture, shapes)
         samples = None
         if data is not None:
@@ -127,12 +126,16 @@ def training_samples(data: Dataset, name: str, images: int, seed: int) -> Sample
     """Some training images with their labels, prepared, as the input `name`.
 
     The validation part stays out of it, so that what it says of the result is not flattered.
+
+    Raises:
+        PlanError: the images have no labels.
     """
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(data.train), generator=generator)[:images]
-    prepared = data.prepare(data.train.images[chosen]).numpy()
-    labels = data.train.labels[chosen].numpy().astype(np.int64)
-    return Samples({name: prepared}, labels)
+    stored, labels = data.train.fetch(chosen)
+    if labels is None:
+        raise PlanError("the images have no labels, and losses are predicted from labelled ones.")
+    return Samples({name: data.prepare(stored).numpy()}, labels.numpy())
 
 
 def _channels(request: PlanRequest) -> int:
