@@ -42,10 +42,10 @@ from structconv_cli.calibrate import reestimate_batch_norm
 from structconv_cli.cost import dense_cost, structured_cost
 from structconv_cli.data.dataset import Dataset, load_dataset
 from structconv_cli.data.spec import DataSpec
-from structconv_cli.finetune import FineTuneResult, FineTuneSettings, _Tuning, finetune
 from structconv_cli.json_file import read_json, write_json
 from structconv_cli.model.architecture import Architecture, build_model
 from structconv_cli.model.checkpoint import load_checkpoint, load_into
+from structconv_cli.model.eval_mode import eval_mode
 from structconv_cli.model.inventory import take_inventory
 from structconv_cli.onnx.example_inputs import example_inputs
 from structconv_cli.onnx.export import export_onnx
@@ -56,9 +56,13 @@ from structconv_cli.plan import read_plan
 from structconv_cli.progress import Observer
 from structconv_cli.rewrite import project_weights
 from structconv_cli.structure import Structure
-from structconv_cli.task import Evaluation, evaluate
+from structconv_cli.tasks.classification import Classification
+from structconv_cli.tasks.task import Evaluation
 from structconv_cli.timing.benchmark import BenchmarkResult, BenchmarkSettings, benchmark
 from structconv_cli.timing.speedup import RESOLUTION, Speedup
+from structconv_cli.training.finetune import finetune
+from structconv_cli.training.recipe import Recipe
+from structconv_cli.training.record import FineTuneResult
 
 PARTS = ("original", "uniform", "prune", "plan", "tune", "table")
 
@@ -217,9 +221,9 @@ class Study:
         self.network, self.options = network, options
         self.folder: Path = options.work / network
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.settings = FineTuneSettings(
+        self.recipe = Recipe(
             epochs=options.epochs,
-            regularised_epochs=-(-options.epochs // 3),
+            regularised=-(-options.epochs // 3),
             augment=AUGMENT,
             seed=options.seed,
         )
@@ -253,12 +257,12 @@ class Study:
         if self.network in ADAPTED:
             epochs = self.options.adapt_epochs
             # Without a teacher: the network as it is would hold the adapted one back.
-            settings = replace(
-                self.settings, epochs=epochs, regularised_epochs=0, distillation=0.0, seed=0
+            recipe = replace(
+                self.recipe, epochs=epochs, regularised=0, distillation=0.0, seed=0
             )
-            model, record = finetune(model, {}, self.data, settings, Log())
+            model, record = tune(model, {}, self.data, recipe)
             write_json(record, self.folder / "adaptation.json")
-        accuracy = evaluate(model, self.data.batches(self.data.val, 256))
+        accuracy = judge(model, self.data)
         write_json(accuracy, self.folder / "original.json")
         write_onnx(model, {}, self.folder, f"{ORIGINAL}.onnx")
         torch.save(model.state_dict(), file)
@@ -342,7 +346,7 @@ class Study:
         train = self.data.train
         images, _ = train.fetch(fitted)
         reestimate_batch_norm(model, [self.data.prepare(b) for b in images.split(256)])
-        return evaluate(model, self.data.batches(train.part(judged), 256)).accuracy
+        return judge(model, replace(self.data, val=train.part(judged))).score
 
     def plan_file(self, target: str) -> Path:
         return self.folder / f"{target}.plan.json"
@@ -394,7 +398,7 @@ class Study:
         """The file of a variant's result; its model is beside it."""
         return (
             self.folder
-            / f"tuned-{self.settings.epochs}-{self.settings.seed}"
+            / f"tuned-{self.recipe.epochs}-{self.recipe.seed}"
             / f"{variant.name}.json"
         )
 
@@ -403,29 +407,27 @@ class Study:
             file = self.tuned(variant)
             if file.exists():
                 continue
-            print(f"{variant.name}: {self.settings.epochs} epochs", flush=True)
+            print(f"{variant.name}: {self.recipe.epochs} epochs", flush=True)
             file.parent.mkdir(exist_ok=True)
             original = self.model()
             if variant.pruning:
                 model = pruned(self.model(), variant.pruning)
-                model, record = tune_pruned(model, original, self.data, self.settings)
+                model, record = tune(model, {}, self.data, self.recipe, original)
             else:
-                model, record = finetune(
-                    original, variant.structures, self.data, self.settings, Log()
-                )
+                model, record = tune(original, variant.structures, self.data, self.recipe)
             write_onnx(model, variant.structures, self.folder, file.with_suffix(".onnx"))
-            accuracy = record.stages[-1].evaluation.accuracy
+            accuracy = record.stages[-1].evaluation.score
             write_json(TunedResult(macs(model, variant.structures), accuracy, record), file)
 
     def table(self) -> None:
         """Measure the tuned models, and write WORK/NETWORK/table.md."""
-        accuracy = read_json(self.folder / "original.json", Evaluation).accuracy
+        accuracy = read_json(self.folder / "original.json", Evaluation).score
         lines: list[str] = []
         for target in self.options.targets:
             variants = [v for v in self.variants(target) if self.tuned(v).exists()]
             gains = self._measure_tuned(target, variants)
             lines += [
-                f"\n{self.network}, as fast as {target}, {self.settings.epochs} epochs:\n",
+                f"\n{self.network}, as fast as {target}, {self.recipe.epochs} epochs:\n",
                 "| variant | speed-up (95 % interval) | MACs (M) | accuracy (%) |",
                 "| --- | --- | --- | --- |",
                 f"| {ORIGINAL} | 1 | {macs(self.model(), {}) / 1e6:.1f} | {accuracy:.2f} |",
@@ -436,7 +438,7 @@ class Study:
 
     def _measure_tuned(self, target: str, variants: list[Variant]) -> dict[str, Speedup]:
         files = {v.name: self.tuned(v) for v in variants}
-        kept = self.folder / f"tuned-{self.settings.epochs}-{self.settings.seed}.{target}.json"
+        kept = self.folder / f"tuned-{self.recipe.epochs}-{self.recipe.seed}.{target}.json"
         if kept.exists():
             gains = speedups(read_json(kept, BenchmarkResult))
             if set(gains) == set(files):
@@ -448,7 +450,7 @@ class Study:
         return speedups(result)
 
     def _line(self, variant: Variant, gain: Speedup) -> str:
-        pattern = f"tuned-{self.settings.epochs}-*/{variant.name}.json"
+        pattern = f"tuned-{self.recipe.epochs}-*/{variant.name}.json"
         results = [read_json(file, TunedResult) for file in sorted(self.folder.glob(pattern))]
         speed = f"{gain.median:.2f} ({gain.low:.2f} to {gain.high:.2f})"
         accuracy = ", ".join(f"{result.accuracy:.2f}" for result in results)
@@ -518,21 +520,22 @@ def pruned(model: nn.Module, pruning: Pruning) -> nn.Module:
     return freeze_shortcuts(model).eval()
 
 
-def tune_pruned(
-    model: nn.Module, original: nn.Module, data: Dataset, settings: FineTuneSettings
+def tune(
+    model: nn.Module,
+    structures: Mapping[str, Structure],
+    data: Dataset,
+    recipe: Recipe,
+    teacher: nn.Module | None = None,
 ) -> tuple[nn.Module, FineTuneResult]:
-    """What `finetune` does, step by step, with another teacher than the model itself."""
-    tuning = _Tuning(model, {}, data, settings, Log())
-    tuning.teacher = original
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.seed)
-        tuning.stage("original", lambda: None)
-        if settings.regularised_epochs:
-            tuning.stage("regularised", tuning.regularise)
-        tuning.stage("batch norm re-estimated", tuning.reestimate)
-        if settings.epochs > settings.regularised_epochs:
-            tuning.stage("fine-tuned", tuning.tune_inside)
-    return model.eval(), FineTuneResult(settings, tuple(tuning.stages), tuple(tuning.epochs))
+    """The same fine-tune for all; a pruned model needs the original as its teacher."""
+    task = Classification(data, recipe.batch_size, recipe.augment, recipe.seed)
+    return finetune(model, structures, task, recipe, teacher=teacher, observer=Log())
+
+
+def judge(model: nn.Module, data: Dataset) -> Evaluation:
+    """A model on the validation part."""
+    with eval_mode(model):
+        return Classification(data).evaluate(lambda batch: model(batch[0]))
 
 
 def write_onnx(

@@ -32,8 +32,8 @@ from structconv_cli.calibrate import reestimate_batch_norm
 from structconv_cli.data.dataset import Dataset, load_dataset
 from structconv_cli.data.spec import DataSpec
 from structconv_cli.data.split import Split
-from structconv_cli.finetune import FineTuneSettings, finetune
 from structconv_cli.model.checkpoint import load_checkpoint, load_into
+from structconv_cli.model.eval_mode import eval_mode
 from structconv_cli.onnx.export import export_onnx
 from structconv_cli.planning.activations import second_moments
 from structconv_cli.planning.least_squares import DenseLayer
@@ -45,7 +45,9 @@ from structconv_cli.planning.sensitivity import (
 )
 from structconv_cli.rewrite import project_weights
 from structconv_cli.structure import Structure
-from structconv_cli.task import evaluate
+from structconv_cli.tasks.classification import Classification
+from structconv_cli.training.finetune import finetune
+from structconv_cli.training.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINTS = ROOT.parent / "shared" / "checkpoints"
@@ -121,8 +123,9 @@ def trained(model: nn.Module, plan: Plan, data: Dataset, images: int) -> nn.Modu
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(3))[:images]
     train, val = data.train.part(order), data.val.part(torch.arange(64))
     part = dataclasses.replace(data, train=train, val=val)
-    settings = FineTuneSettings(1, 0, augment=("crop", "flip"))
-    return finetune(model, plan, part, settings)[0]
+    recipe = Recipe(1, 0, augment=("crop", "flip"))
+    task = Classification(part, recipe.batch_size, recipe.augment)
+    return finetune(model, plan, task, recipe)[0]
 
 
 def predictors(
@@ -211,8 +214,11 @@ def main() -> None:
     def accuracy(changed: nn.Module, *, calibrate: bool = True) -> float:
         if calibrate:
             reestimate_batch_norm(changed, calibration.split(256))
+
         pairs = zip(tests.split(250), truth.split(250), strict=True)
-        return evaluate(changed, pairs).accuracy
+        with torch.no_grad(), eval_mode(changed):
+            right = sum(int((changed(x).argmax(1) == y).sum()) for x, y in pairs)
+        return 100 * right / len(truth)
 
     base = accuracy(model, calibrate=False)
     real: dict[str, list[float]] = {}

@@ -5,12 +5,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 from torch import distributed, nn
 
 from structconv_cli.errors import TrainingError, one_line
 
+T = TypeVar("T")
 _PATIENCE = timedelta(minutes=30)
 """How long processes wait for one another: the first plans and exports while others wait."""
 
@@ -39,7 +41,7 @@ class World:
                 distributed.all_reduce(values)
         return values
 
-    def same[T](self, value: T) -> T:
+    def same(self, value: T) -> T:
         """Process 0's value, in each of them: text, numbers, tensors in plain containers."""
         if self.size == 1:
             return value

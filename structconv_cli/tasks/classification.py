@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from structconv_cli.data.dataset import Dataset, Shuffle
+from structconv_cli.data.dataset import Dataset
+from structconv_cli.data.order import Shuffle, batch_indices
 from structconv_cli.tasks.distillation import divergence
 from structconv_cli.tasks.outputs import class_scores
 from structconv_cli.tasks.task import Evaluation, Metric
@@ -45,20 +46,20 @@ class Classification:
     @property
     def steps(self) -> int:
         """Whole batches; the last, smaller one is left out: a batch norm over few is noise."""
-        return max(1, len(self.data.train) // (self.batch_size * self.world.size))
+        count, world = len(self.data.train), self.world.size
+        return len(batch_indices(count, self.batch_size, world=world, drop_last=True))
 
     def training(self, epoch: int) -> Iterator[Batch]:
         """The batches of an epoch."""
-        batches = self.data.batches(
+        return self.data.batches(
             self.data.train,
             self.batch_size,
             shuffle=Shuffle(self.seed, epoch),
             augment=self.augment,
             rank=self.world.rank,
             world=self.world.size,
+            drop_last=True,
         )
-        for _, batch in zip(range(self.steps), batches, strict=False):
-            yield batch
 
     def calibration(self) -> Iterator[Batch]:
         """About two thousand training images, augmented as in training.

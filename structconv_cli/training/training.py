@@ -63,6 +63,8 @@ class Training:
         if recipe.distillation and recipe.epochs:
             self.teacher = hardware.place(teacher or copy.deepcopy(model)).eval()
         self.epoch = self.step = 0
+        self.seconds = 0.0
+        """Of training since the last stage."""
         self.crossed = False
         self.stages: list[StageResult] = []
         self.epochs: list[EpochResult] = []
@@ -84,7 +86,7 @@ class Training:
         with self.observer.stage(name):
             start = time.perf_counter()
             work()
-            seconds = time.perf_counter() - start
+            seconds, self.seconds = self.seconds + time.perf_counter() - start, 0.0
             found = self.evaluate()
             if self.step:
                 self._require_finite(found.loss, f"after the {name} stage")
@@ -140,16 +142,18 @@ class Training:
         losses, micro = 0.0, self.recipe.accumulate
         whole = self.schedule.steps_per_epoch * micro
         self._set_training()
-        for done, batch in enumerate(self.task.training(self.epoch)):
-            if done == whole:
-                break
+        start = time.perf_counter()
+        for done, batch in zip(range(whole), self.task.training(self.epoch), strict=False):
             if done % micro == 0 and self.step == self.schedule.regularised and not self.crossed:
                 self._leave_regularised()
+                start = time.perf_counter()
             last = done % micro == micro - 1
             losses += self._backward(batch, last)
             self._require_finite(losses, f"in epoch {self.epoch + 1}")
             if last:
                 self._change_weights()
+            now = time.perf_counter()
+            self.seconds, start = self.seconds + now - start, now
             self.observer.steps(self.epoch * whole + done + 1, self.recipe.epochs * whole)
         self.epoch += 1
         if self.step == self.schedule.regularised and not self.crossed:
@@ -240,6 +244,7 @@ class Training:
         return {
             "epoch": self.epoch,
             "step": self.step,
+            "seconds": self.seconds,
             "crossed": self.crossed,
             "model": self.model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
@@ -250,7 +255,8 @@ class Training:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from a state."""
-        self.epoch, self.step, self.crossed = state["epoch"], state["step"], state["crossed"]
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.seconds, self.crossed = state["seconds"], state["crossed"]
         self.model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
         if self._average is not None:

@@ -1,0 +1,147 @@
+"""How to fine-tune into a structure: recipes compared at equal epochs.
+
+    python benchmarks/recipes.py run falling subspace --epochs 3 --data cifar10_jpeg --work recipes
+    python benchmarks/recipes.py table --work recipes
+
+ResNet-20 (or 56) on CIFAR-10 as JPEG files, every 3x3 convolution but the stem to n=2 (2.2 times
+fewer MACs). Each recipe is the default but for what its name says (`RECIPES`). Results are kept in
+WORK, one file each; `table` prints them in Markdown. `dense` is the original tuned as long, without
+structure: what the epochs themselves bring.
+
+Steps are computed in bfloat16 unless --precision fp32 is given: half of the time here.
+"""
+
+import argparse
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from planning import CHECKPOINTS, Log, MEAN, ROOT, STD, uniform_structures
+from structconv_cli.data.dataset import load_dataset
+from structconv_cli.data.spec import DataSpec
+from structconv_cli.json_file import read_json, write_json
+from structconv_cli.model.architecture import Architecture, build_model
+from structconv_cli.model.checkpoint import load_checkpoint, load_into
+from structconv_cli.tasks.classification import Classification
+from structconv_cli.training.finetune import finetune
+from structconv_cli.training.hardware import Hardware
+from structconv_cli.training.recipe import Recipe
+from structconv_cli.training.record import FineTuneResult
+
+BASE = Recipe(1, 0.0, augment=("crop", "flip"))
+
+WHOLE = -1.0
+"""Stands for all epochs."""
+
+RECIPES: Mapping[str, dict[str, Any]] = {
+    "dense": {},
+    "paper": {"regularised": WHOLE, "residual": "free", "distillation": 0.0},
+    "free": {"regularised": WHOLE, "residual": "free"},
+    "rising": {"regularised": WHOLE, "residual": "free", "strength": "rising", "sr_lambda": 2.0},
+    "proximal": {"regularised": 1 / 3, "residual": "proximal", "sr_lambda": 2.0},
+    "third": {"regularised": 1 / 3},
+    "tenth": {"regularised": 0.1},
+    "tenth-l1": {"regularised": 0.1, "sr_lambda": 1.0},
+    "subspace": {},
+    "subspace-labels": {"distillation": 0.0},
+    "third-labels": {"regularised": 1 / 3, "distillation": 0.0},
+    "subspace-d9": {"distillation": 0.9},
+    "subspace-d1": {"distillation": 1.0},
+    "subspace-lr05": {"learning_rate": 0.05},
+    "subspace-lr1": {"learning_rate": 0.1},
+    "subspace-b128": {"learning_rate": 0.04, "batch_size": 128},
+    "subspace-b32": {"batch_size": 32},
+    "subspace-ema": {"averaging": 0.998},
+    "subspace-wd1": {"weight_decay": 1e-4},
+    "tenth-lr05": {"regularised": 0.1, "learning_rate": 0.05},
+    "tenth-lr05-d9": {"regularised": 0.1, "learning_rate": 0.05, "distillation": 0.9},
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One run."""
+
+    network: str
+    name: str
+    precision: str
+    seconds: float
+    result: FineTuneResult
+
+
+def run(options: argparse.Namespace, name: str) -> Outcome:
+    changes = dict(RECIPES[name])
+    share = changes.pop("regularised", 0.0)
+    share = 1.0 if share == WHOLE else share
+    recipe = replace(
+        BASE,
+        epochs=options.epochs,
+        regularised=share * options.epochs,
+        seed=options.seed,
+        **changes,
+    )
+    channels = load_dataset(
+        DataSpec(str(options.data), mean=MEAN, std=STD), channels=3, progress=None
+    )
+    model = build_model(Architecture(f"{ROOT}/sample_models/resnet_cifar.py:{options.network}"))
+    weights = options.weights or options.checkpoints / CHECKPOINTS[options.network]
+    load_into(model, load_checkpoint(weights))
+    structures = {} if name == "dense" else uniform_structures(model, options.structure)
+    task = Classification(channels, recipe.batch_size, recipe.augment, recipe.seed)
+    hardware = Hardware(precision=options.precision)
+    start = time.perf_counter()
+    _, result = finetune(
+        model.float().eval(), structures, task, recipe, hardware=hardware, observer=Log()
+    )
+    return Outcome(
+        options.network, name, options.precision, time.perf_counter() - start, result
+    )
+
+
+def table(work: Path) -> None:
+    found = [read_json(file, Outcome) for file in sorted(work.glob("*.json"))]
+    print("| network | epochs | recipe | seed | projected | result | seconds |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for o in sorted(
+        found, key=lambda o: (o.network, o.result.recipe.epochs, -o.result.stages[-1].evaluation.score)
+    ):
+        scores = {stage.stage: stage.evaluation.score for stage in o.result.stages}
+        print(
+            f"| {o.network} | {o.result.recipe.epochs} | {o.name} | {o.result.recipe.seed} "
+            f"| {scores['batch norm re-estimated']:.2f} | {o.result.stages[-1].evaluation.score:.2f} "
+            f"| {o.seconds:.0f} |"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part", choices=["run", "table"])
+    parser.add_argument("names", nargs="*", choices=[*RECIPES, []])
+    parser.add_argument("--network", choices=list(CHECKPOINTS), default="resnet20")
+    parser.add_argument("--structure", default="2x2")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--weights", type=Path)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--work", type=Path, default=Path("recipes"))
+    parser.add_argument(
+        "--checkpoints", type=Path, default=ROOT.parent / "shared" / "checkpoints"
+    )
+    options = parser.parse_args()
+    options.work.mkdir(exist_ok=True)
+    torch.set_num_threads(torch.get_num_threads())
+    for name in options.names:
+        file = options.work / f"{options.network}-{options.epochs}-{name}-{options.seed}.json"
+        if options.part == "run" and not file.exists():
+            print(f"== {name}", flush=True)
+            write_json(run(options, name), file)
+    table(options.work)
+
+
+if __name__ == "__main__":
+    main()
