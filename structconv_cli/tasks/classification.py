@@ -96,8 +96,7 @@ class Classification:
 
     @torch.no_grad()
     def evaluate(self, forward: Callable[[Batch], torch.Tensor]) -> Evaluation:
-        """Top-1 accuracy (percent), cross-entropy (nats), and top-5 where there are classes for it.
-        """
+        """Top-1 accuracy (percent), cross-entropy (nats); top-5 with more than ten classes."""
         sums = torch.zeros(4, dtype=torch.float64)
         classes = 0
         for batch in self.data.batches(
