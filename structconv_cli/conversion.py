@@ -35,7 +35,9 @@ class ConvertRequest:
         images: training images that it is made from.
         hardware: where to fine-tune.
         out: the run folder to write.
-        force: whether an existing run folder is replaced.
+        force: whether an existing run folder, or an unfinished conversion, is replaced.
+        resume: whether to go on with an unfinished conversion, if there is one.
+        enough: drop, in the metric's unit, at which fine-tuning stops early; None to go on.
         lowering: how the ONNX forms are chosen.
         command: the command line's words, for the record.
     """
@@ -54,6 +56,8 @@ class ConvertRequest:
     proposal: ProposalSettings = field(default_factory=ProposalSettings)
     images: int = 512
     hardware: Hardware = field(default_factory=Hardware)
+    resume: bool = False
+    enough: float | None = None
     command: tuple[str, ...] = ()
 
 

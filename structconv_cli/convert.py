@@ -31,7 +31,9 @@ from structconv_cli.report.curve import draw_curve
 from structconv_cli.rewrite import rewrite
 from structconv_cli.run_folder import FORMAT, RunFolder, RunInfo, check_destination, new_run_folder
 from structconv_cli.training.record import FineTuneResult
+from structconv_cli.unfinished import open_unfinished
 from structconv_cli.verify import VerifyResult, record_reference, verify
+from structconv_cli.world import check_batch_size, joined
 
 _EVALUATION_BATCH = 64
 _TRACE_BATCH = 2
@@ -39,21 +41,34 @@ _TRACE_BATCH = 2
 
 def convert(
     request: ConvertRequest, observer: Observer = SILENT
-) -> tuple[ConvertResult, VerifyResult]:
+) -> tuple[ConvertResult, VerifyResult] | None:
     """Carry out a conversion and verify it; the run folder appears when all of it is done.
 
-    A run whose verification fails is kept, so that it can be looked into.
+    A run whose verification fails is kept, so that it can be looked into. What an interrupted
+    fine-tuning reached stays in `OUT.partial`.
+
+    Where torchrun started several processes, all must call this; process 0 returns the outcome, and
+    the others None once it is tuned.
 
     Raises:
         StructconvError: whatever is wrong with the input, before anything is written.
     """
     start = time.perf_counter()
-    check_destination(request.out, request.force)
-    ready = _prepare(request, observer)
+    unfinished = open_unfinished(request)
+    # It was begun with --force if there was a run to replace.
+    replaces = request.force or bool(unfinished.tried)
+    check_destination(request.out, replaces)
+    request.hardware.check()
+    with joined(request.hardware.device) as world:
+        check_batch_size(request.recipe.batch_size, world)
+        ready = _prepare(request, observer)
+        world.wait()
+        found = attempt(request, ready, unfinished, world, observer)
+    if not world.first:
+        return None
     data, inventory, original = ready.data, ready.inventory, ready.original
-    found = attempt(request, ready, observer)
     plan, tuned, tuning = found.plan, found.model, found.tuning
-    with new_run_folder(request.out, request.force) as folder:
+    with new_run_folder(request.out, replaces) as folder:
         with observer.stage("rewrite and export"):
             save_onnx(original, folder.original_onnx)
             dense_graph = _write_models(folder, ready, tuned, plan)
@@ -84,6 +99,7 @@ def convert(
             notes=(*data.notes, *found.notes, *_warnings(tuning, len(data.classes))),
         )
         write_json(result, folder.convert_result)
+    unfinished.discard()
     return result, verification
 
 
