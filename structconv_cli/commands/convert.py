@@ -10,7 +10,7 @@ from rich.console import Console
 
 from structconv_cli import options
 from structconv_cli.commands.failures import CHECK_FAILED, failures
-from structconv_cli.commands.parsed import parse_data, parse_targets
+from structconv_cli.commands.parsed import parse_augmentation, parse_data, parse_targets
 
 if TYPE_CHECKING:
     from structconv_cli.conversion import ConvertRequest
@@ -45,6 +45,8 @@ def convert(
     mean: options.Mean = "",
     std: options.Std = "",
     val_split: options.ValSplit = None,
+    ignore_label: options.IgnoreLabel = 255,
+    workers: options.Workers = None,
     seed: options.Seed = 0,
     forms: options.Forms = "measure",
     timings: options.Timings = None,
@@ -70,7 +72,7 @@ def convert(
         request = ConvertRequest(
             checkpoint=checkpoint,
             architecture=Architecture(arch, parse_arguments(arch_arg or [])),
-            data=parse_data(data, size, mean, std, val_split, seed),
+            data=parse_data(data, size, mean, std, val_split, seed, ignore_label, workers),
             settings=FineTuneSettings(
                 epochs=epochs,
                 regularised_epochs=_regularised_epochs(epochs, sr_epochs),
@@ -78,7 +80,7 @@ def convert(
                 learning_rate=lr,
                 sr_lambda=sr_lambda,
                 distillation=distill,
-                augment=_augmentation(augment),
+                augment=parse_augmentation(augment),
                 seed=seed,
             ),
             n=n,
@@ -140,11 +142,3 @@ def _regularised_epochs(epochs: int, chosen: int | None) -> int:
     if chosen > epochs:
         raise typer.BadParameter(f"--sr-epochs {chosen} is more than --epochs {epochs}.")
     return chosen
-
-
-def _augmentation(text: str) -> tuple[str, ...]:
-    kinds = tuple(kind for kind in text.split(",") if kind and kind != "none")
-    unknown = [kind for kind in kinds if kind not in ("crop", "flip")]
-    if unknown:
-        raise typer.BadParameter(f"--augment knows crop, flip and none; found {unknown[0]}.")
-    return kinds
