@@ -666,3 +666,61 @@ def test_labels_beyond_the_outputs():
     check_labels(data, 3)
     with pytest.raises(DataError, match=r"largest label is 2 \(class 'c' of 3\).* 2 outputs"):
         check_labels(data, 2)
+
+
+# --- masks, and images without labels
+
+
+def test_masks_in_archives(tmp_path: Path):
+    masks = np.arange(8 * 4 * 5).reshape(8, 4, 5) % 7
+    path = write_npz(tmp_path / "a.npz", x_train=BYTES, y_train=masks, x_val=BYTES, y_val=masks)
+    data = load_dataset(DataSpec(str(path)), channels=3)
+    assert data.train.labels is None
+    _, found = data.train.fetch(torch.tensor([3, 1]))
+    assert torch.equal(found, torch.from_numpy(masks[[3, 1]]))
+    check_labels(data, 7)
+    with pytest.raises(DataError, match="largest label is 6"):
+        check_labels(data, 6)
+    small = load_dataset(DataSpec(str(path), size=2), channels=3)
+    assert small.train.targets.shape == (8, 2, 2)
+    assert set(small.train.targets.unique().tolist()) <= set(range(7))
+
+
+@pytest.mark.parametrize(
+    ("arrays", "told"),
+    [
+        ({"x_train": BYTES, "y_train": Y, "x_val": BYTES, "y_val": BYTES[:, 0]}, "masks"),
+        ({"x": BYTES, "y": np.zeros((8, 4, 6), int)}, "masks of 4x6"),
+        ({"x": BYTES, "y": np.full((8, 4, 5), -1)}, "labels from -1"),
+    ],
+)
+def test_masks_that_do_not_fit(tmp_path: Path, arrays: dict[str, Any], told: str):
+    path = write_npz(tmp_path / "a.npz", **arrays)
+    split = None if "x_val" in arrays else 0.5
+    assert told in message_of(DataSpec(str(path), val_split=split))
+
+
+def test_images_without_labels_where_they_will_do(tmp_path: Path):
+    path = write_npz(tmp_path / "a.npz", x=BYTES)
+    assert "lacks y" in message_of(DataSpec(str(path), val_split=0.5))
+    for index in range(6):
+        write_image(tmp_path / "flat" / f"{index}.png")
+        write_image(tmp_path / "parts" / ("train" if index < 4 else "val") / f"{index}.png")
+    assert "no class sub-folders" in message_of(DataSpec(str(tmp_path / "flat"), val_split=0.5))
+    for place, split, counts in (
+        (path, 0.5, (4, 4)),
+        ("flat", 0.5, (3, 3)),
+        ("parts", None, (4, 2)),
+    ):
+        spec = DataSpec(str(tmp_path / place), val_split=split)
+        data = load_dataset(spec, channels=3, need_labels=False)
+        assert (len(data.train), len(data.val)) == counts
+        assert (data.train.labels, data.classes) == (None, ())
+        assert [targets for _, targets in data.batches(data.val, 64)] == [None]
+        check_labels(data, 1)
+
+
+def test_labels_are_kept_where_they_are_not_needed(tmp_path: Path):
+    spec = DataSpec(str(write_parts(tmp_path)))
+    data = load_dataset(spec, channels=3, need_labels=False)
+    assert data.train.labels.tolist() == [0, 0, 0, 1, 1]

@@ -84,9 +84,8 @@ def worker_count(wanted: int | None, world: int) -> int:
     """How many workers each of `world` ranks gets: as `wanted`, or by the cores."""
     if wanted is not None:
         return wanted
-    # A worker decodes about 2000 small JPEGs per second, ten times what a core trains on. With one
-    # worker on two cores, under load, training waited for 1.9 % of its time; with two 2.0 %, with
-    # none 3.7 %. So most cores are left to the training.
+    # Training a ResNet-20 on streamed CIFAR-10, on two busy cores, waited for 1.9 % of its time
+    # with one worker, 2.0 % with two, 3.7 % with none: so most cores are left to the training.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return min(_MOST_WORKERS, max(1, (cores or 1) // (2 * world)))
 
