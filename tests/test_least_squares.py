@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from structconv_cli.errors import StructureError
-from structconv_cli.planning import least_squares
-from structconv_cli.planning.activations import Moments
-from structconv_cli.planning.least_squares import DenseLayer, fit
+from structconv_cli.reconstruction import least_squares
+from structconv_cli.reconstruction.activations import Moments
+from structconv_cli.reconstruction.least_squares import DenseLayer, fit
 from structconv_cli.structure import Structure
 
 TABLE = [

@@ -15,18 +15,18 @@ from scipy.special import log_softmax
 
 from structconv_cli.errors import PlanError, StructconvError
 from structconv_cli.planning import sensitivity
-from structconv_cli.planning.activations import second_moments
 from structconv_cli.planning.allotment import allot, interpolate, spread
 from structconv_cli.planning.divergence import Original
 from structconv_cli.planning.evaluation import Run
-from structconv_cli.planning.least_squares import fit
-from structconv_cli.planning.samples import Samples
 from structconv_cli.planning.sensitivity import (
     PredictedLoss,
     SensitivitySettings,
     predict_losses,
 )
 from structconv_cli.progress import Observer
+from structconv_cli.reconstruction.activations import second_moments
+from structconv_cli.reconstruction.least_squares import fit
+from structconv_cli.reconstruction.samples import Samples
 from structconv_cli.structure import Structure
 
 CONV, FREE, HEAD = "body.conv", "body.free", "head"

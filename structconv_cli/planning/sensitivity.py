@@ -26,22 +26,22 @@ import torch
 from structconv_cli.errors import PlanError
 from structconv_cli.onnx.graph import Graph
 from structconv_cli.onnx.probe import dense_kernel, layer_nodes
-from structconv_cli.planning.activations import (
+from structconv_cli.planning.allotment import allot, interpolate, spread
+from structconv_cli.planning.evaluation import OriginalModel, outputs_on
+from structconv_cli.planning.replacement import ReplaceableLayer
+from structconv_cli.progress import SILENT, Observer
+from structconv_cli.reconstruction.activations import (
     MOST_INPUTS,
     Moments,
     second_moments,
 )
-from structconv_cli.planning.allotment import allot, interpolate, spread
-from structconv_cli.planning.evaluation import OriginalModel, outputs_on
-from structconv_cli.planning.least_squares import DenseLayer, Fit
-from structconv_cli.planning.replacement import ReplaceableLayer
-from structconv_cli.planning.samples import (
+from structconv_cli.reconstruction.least_squares import DenseLayer, Fit
+from structconv_cli.reconstruction.samples import (
     Samples,
     check_labels,
     check_samples,
     images_per_run,
 )
-from structconv_cli.progress import SILENT, Observer
 from structconv_cli.structure import Structure
 
 How = Literal["measured", "interpolated", "weights"]

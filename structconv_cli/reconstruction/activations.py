@@ -21,7 +21,7 @@ from structconv_cli.errors import OnnxError
 from structconv_cli.onnx.graph import Graph, attributes
 from structconv_cli.onnx.nodes import ConvAttributes, is_transposed
 from structconv_cli.onnx.probe import layer_nodes, run_fed, session
-from structconv_cli.planning.samples import Array, Feeds, images_per_run
+from structconv_cli.reconstruction.samples import Array, Feeds, images_per_run
 
 MOST_INPUTS = 6144
 """Largest D that has moments: their D^2 numbers, in float64, would take more than 0.3 GB."""

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from structconv_cli.errors import StructureError
-from structconv_cli.planning.activations import Moments
+from structconv_cli.reconstruction.activations import Moments
 from structconv_cli.structure import Structure
 
 _PATCHES_PER_SAMPLE = 3

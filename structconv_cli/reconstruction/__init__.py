@@ -1,0 +1,1 @@
+"""Weights inside structured subspaces from a few samples, without training."""
