@@ -13,6 +13,8 @@ from torch import distributed, nn
 from structconv_cli.errors import TrainingError, one_line
 
 T = TypeVar("T")
+_BACKENDS = ("gloo", "nccl", "process group", "connection")
+"""One of these is named by what torch raises where a process is lost."""
 _PATIENCE = timedelta(minutes=30)
 """How long processes wait for one another: the first plans and exports while others wait."""
 
@@ -37,13 +39,13 @@ class World:
     def wait(self) -> None:
         """Wait until all processes are here."""
         if self.size > 1:
-            with _reached():
+            with reached():
                 distributed.barrier()
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The sum of all processes' tensors, in each of them."""
         if self.size > 1:
-            with _reached():
+            with reached():
                 distributed.all_reduce(values)
         return values
 
@@ -52,7 +54,7 @@ class World:
         if self.size == 1:
             return value
         held: list[T] = [value]
-        with _reached():
+        with reached():
             distributed.broadcast_object_list(held)
         return held[0]
 
@@ -61,7 +63,7 @@ class World:
         """Give each process process 0's parameters and buffers, in place."""
         if self.size == 1:
             return
-        with _reached():
+        with reached():
             for tensor in model.state_dict().values():
                 distributed.broadcast(tensor, 0)
 
@@ -102,7 +104,7 @@ def joined(device: str) -> Iterator[World]:
     if not launched():
         yield ALONE
         return
-    with _reached():
+    with reached():
         distributed.init_process_group("nccl" if device == "cuda" else "gloo", timeout=_PATIENCE)
     try:
         yield World(distributed.get_rank(), distributed.get_world_size())
@@ -116,10 +118,18 @@ def local_rank() -> int:
 
 
 @contextmanager
-def _reached() -> Iterator[None]:
+def reached() -> Iterator[None]:
+    """Say so where the block fails because another process is lost.
+
+    Raises:
+        TrainingError: it is.
+    """
     try:
         yield
-    except (RuntimeError, distributed.DistError) as error:
+    except RuntimeError as error:
+        text = str(error).lower()
+        if not isinstance(error, distributed.DistError) and not any(w in text for w in _BACKENDS):
+            raise
         rank = os.environ.get("RANK", "?")
         raise TrainingError(
             f"process {rank} lost the others: {one_line(error)[:200]}. One of them stopped; its "

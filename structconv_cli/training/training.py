@@ -25,7 +25,7 @@ from structconv_cli.training.hardware import Hardware
 from structconv_cli.training.recipe import Recipe
 from structconv_cli.training.record import EpochResult, StageResult
 from structconv_cli.training.schedule import Schedule
-from structconv_cli.world import World
+from structconv_cli.world import World, reached
 
 _EPOCH_SEEDS = 1_000_003
 
@@ -77,8 +77,6 @@ class Training:
                     multi_avg_fn=get_ema_multi_avg_fn(recipe.averaging),  # type: ignore[no-untyped-call]
                 )
             self._runner: nn.Module = torch.compile(model) if hardware.compiled else model  # type: ignore[assignment]
-            if world.size > 1:
-                self._runner = DistributedDataParallel(self._runner, find_unused_parameters=True)
 
     # Stages -----------------------------------------------------------------------------------
 
@@ -188,13 +186,27 @@ class Training:
 
     def _backward(self, batch: Batch, last: bool) -> float:
         batch = self.hardware.move(batch)
+        if self.world.size > 1 and not isinstance(self._runner, DistributedDataParallel):
+            unused = self._has_unused(batch)
+            with reached():
+                self._runner = DistributedDataParallel(self._runner, find_unused_parameters=unused)
+            self._set_training()
         waits = isinstance(self._runner, DistributedDataParallel) and not last
-        with self._runner.no_sync() if waits else nullcontext():  # type: ignore[operator]
+        with reached(), self._runner.no_sync() if waits else nullcontext():  # type: ignore[operator]
             with self.hardware.autocast():
                 outputs = self.task.forward(self._runner, batch)
                 loss = self._loss(outputs, batch)
             (loss / self.recipe.accumulate).backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
+
+    def _has_unused(self, batch: Batch) -> bool:
+        """Whether some parameters have no part in the loss, for which processes must look out."""
+        with eval_mode(self.model):
+            self.task.loss(self.task.forward(self.model, batch), batch).backward()  # type: ignore[no-untyped-call]
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        unused = any(parameter.grad is None for parameter in trained)
+        self.model.zero_grad(set_to_none=True)
+        return unused
 
     def _loss(self, outputs: Any, batch: Batch) -> torch.Tensor:
         loss, share = self.task.loss(outputs, batch), self.recipe.distillation

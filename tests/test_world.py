@@ -1,0 +1,119 @@
+"""Several processes that train one model: torchrun, and what happens when one of them dies."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_cli import run, tiny_words
+
+from structconv_cli.errors import TrainingError
+from structconv_cli.world import ALONE, World, check_batch_size
+
+LONG = ("--epochs=12", "--sr-epochs=4.5", "--augment=none")
+
+
+def score(folder: Path) -> float:
+    stages = json.loads((folder / "convert.json").read_text())["finetune"]["stages"]
+    return float(stages[-1]["evaluation"]["score"])
+
+
+@pytest.fixture(scope="module")
+def alone(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("alone") / "run"
+    done = run(*tiny_words(tiny, out=str(out)), *LONG)
+    assert done.exit_code == 0, done.output
+    return out
+
+
+def test_two_processes_write_one_run_like_that_of_one(
+    alone: Path, tiny: Path, tmp_path: Path
+) -> None:
+    words = [*tiny_words(tiny, out=str(tmp_path / "run")), *LONG]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    done = subprocess.run(
+        [*launcher, "-m", "structconv_cli", *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("The rewrite is exact") == 1
+    assert {entry.name for entry in tmp_path.iterdir()} == {"run"}
+    assert {entry.name for entry in (tmp_path / "run").iterdir()} == {
+        entry.name for entry in alone.iterdir()
+    }
+    # Every image is judged once, and training is as good; batch norms see half batches.
+    one, two = (
+        json.loads((folder / "convert.json").read_text())["finetune"]
+        for folder in (alone, tmp_path / "run")
+    )
+    assert two["stages"][0]["evaluation"] == pytest.approx(one["stages"][0]["evaluation"])
+    assert len(two["epochs"]) == len(one["epochs"])
+    assert abs(score(tmp_path / "run") - score(alone)) <= 10
+    assert one["stages"][0]["evaluation"]["score"] < 60 < score(alone)
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_one_dies_the_other_says_so_and_stops(victim: int, tiny: Path, tmp_path: Path) -> None:
+    port = str(free_port())
+    words = [*tiny_words(tiny, out=str(tmp_path / "run")), "--epochs=2000"]
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-m", "structconv_cli", *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+        )
+        for rank in range(2)
+    ]
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "run.partial/training.pt").exists():
+            assert time.monotonic() < deadline
+            assert all(child.poll() is None for child in children), children[0].communicate()
+            time.sleep(0.05)
+        children[victim].send_signal(signal.SIGKILL)
+        _, shown = children[1 - victim].communicate(timeout=60)
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+    assert children[1 - victim].returncode == 1
+    assert f"process {1 - victim} lost the others" in " ".join(shown.split())
+    assert "--resume" in shown
+    assert "Traceback" not in shown
+    assert not (tmp_path / "run").exists()
+    assert (tmp_path / "run.partial/training.pt").exists()
+
+
+def test_alone_nothing_is_exchanged() -> None:
+    values = torch.arange(3.0)
+    assert ALONE.first
+    assert ALONE.sum(values) is values
+    assert ALONE.same("x") == "x"
+    ALONE.wait()
+    ALONE.same_tensors(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(("batch", "size"), [(63, 2), (2, 2), (5, 4), (4, 4)])
+def test_a_batch_that_cannot_be_shared_is_said(batch: int, size: int) -> None:
+    with pytest.raises(TrainingError, match=f"--batch-size {batch} is shared by {size} processes"):
+        check_batch_size(batch, World(0, size))
+
+
+@pytest.mark.parametrize(("batch", "size"), [(64, 2), (2, 1), (6, 3)])
+def test_a_batch_that_can_be_shared_is_taken(batch: int, size: int) -> None:
+    check_batch_size(batch, World(0, size))
