@@ -8,8 +8,9 @@ import torch
 from structconv_cli.errors import ArchitectureError
 from structconv_cli.model.architecture import Architecture, build_model
 from structconv_cli.model.checkpoint import load_checkpoint, load_into
+from structconv_cli.model.signature import INPUT
 from structconv_cli.onnx.example_inputs import Shapes
-from structconv_cli.onnx.export import INPUT, export_onnx
+from structconv_cli.onnx.export import export_onnx
 from structconv_cli.onnx.file import load_onnx
 from structconv_cli.onnx.lowerable import check_lowerable
 

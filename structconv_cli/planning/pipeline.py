@@ -12,9 +12,9 @@ from structconv_cli.errors import PlanError
 from structconv_cli.json_file import write_json
 from structconv_cli.model.architecture import Architecture, build_model
 from structconv_cli.model.inventory import first_channels
+from structconv_cli.model.signature import INPUT
 from structconv_cli.model_graph import load_graph
 from structconv_cli.onnx.example_inputs import Shapes, example_inputs
-from structconv_cli.onnx.export import INPUT
 from structconv_cli.onnx.file import load_onnx
 from structconv_cli.onnx.graph import Graph
 from structconv_cli.plan import read_plan
