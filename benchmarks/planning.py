@@ -257,9 +257,7 @@ class Study:
         if self.network in ADAPTED:
             epochs = self.options.adapt_epochs
             # Without a teacher: the network as it is would hold the adapted one back.
-            recipe = replace(
-                self.recipe, epochs=epochs, regularised=0, distillation=0.0, seed=0
-            )
+            recipe = replace(self.recipe, epochs=epochs, regularised=0, distillation=0.0, seed=0)
             model, record = tune(model, {}, self.data, recipe)
             write_json(record, self.folder / "adaptation.json")
         accuracy = judge(model, self.data)
@@ -397,9 +395,7 @@ class Study:
     def tuned(self, variant: Variant) -> Path:
         """The file of a variant's result; its model is beside it."""
         return (
-            self.folder
-            / f"tuned-{self.recipe.epochs}-{self.recipe.seed}"
-            / f"{variant.name}.json"
+            self.folder / f"tuned-{self.recipe.epochs}-{self.recipe.seed}" / f"{variant.name}.json"
         )
 
     def tune(self) -> None:

@@ -18,9 +18,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
+from planning import CHECKPOINTS, MEAN, ROOT, STD, Log, uniform_structures
 
-from planning import CHECKPOINTS, Log, MEAN, ROOT, STD, uniform_structures
 from structconv_cli.data.dataset import load_dataset
 from structconv_cli.data.spec import DataSpec
 from structconv_cli.json_file import read_json, write_json
@@ -72,6 +71,13 @@ class Outcome:
     seconds: float
     result: FineTuneResult
 
+    @property
+    def score(self) -> float:
+        return self.result.stages[-1].evaluation.score
+
+    def order(self) -> tuple[str, int, float]:
+        return self.network, self.result.recipe.epochs, -self.score
+
 
 def run(options: argparse.Namespace, name: str) -> Outcome:
     changes = dict(RECIPES[name])
@@ -84,36 +90,31 @@ def run(options: argparse.Namespace, name: str) -> Outcome:
         seed=options.seed,
         **changes,
     )
-    channels = load_dataset(
-        DataSpec(str(options.data), mean=MEAN, std=STD), channels=3, progress=None
-    )
+    data = load_dataset(DataSpec(str(options.data), mean=MEAN, std=STD), channels=3)
     model = build_model(Architecture(f"{ROOT}/sample_models/resnet_cifar.py:{options.network}"))
     weights = options.weights or options.checkpoints / CHECKPOINTS[options.network]
     load_into(model, load_checkpoint(weights))
     structures = {} if name == "dense" else uniform_structures(model, options.structure)
-    task = Classification(channels, recipe.batch_size, recipe.augment, recipe.seed)
+    task = Classification(data, recipe.batch_size, recipe.augment, recipe.seed)
     hardware = Hardware(precision=options.precision)
     start = time.perf_counter()
     _, result = finetune(
         model.float().eval(), structures, task, recipe, hardware=hardware, observer=Log()
     )
-    return Outcome(
-        options.network, name, options.precision, time.perf_counter() - start, result
-    )
+    return Outcome(options.network, name, options.precision, time.perf_counter() - start, result)
 
 
 def table(work: Path) -> None:
     found = [read_json(file, Outcome) for file in sorted(work.glob("*.json"))]
     print("| network | epochs | recipe | seed | projected | result | seconds |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
-    for o in sorted(
-        found, key=lambda o: (o.network, o.result.recipe.epochs, -o.result.stages[-1].evaluation.score)
-    ):
-        scores = {stage.stage: stage.evaluation.score for stage in o.result.stages}
+    for outcome in sorted(found, key=Outcome.order):
+        recipe = outcome.result.recipe
+        scores = {stage.stage: stage.evaluation.score for stage in outcome.result.stages}
         print(
-            f"| {o.network} | {o.result.recipe.epochs} | {o.name} | {o.result.recipe.seed} "
-            f"| {scores['batch norm re-estimated']:.2f} | {o.result.stages[-1].evaluation.score:.2f} "
-            f"| {o.seconds:.0f} |"
+            f"| {outcome.network} | {recipe.epochs} | {outcome.name} | {recipe.seed} "
+            f"| {scores['batch norm re-estimated']:.2f} | {outcome.score:.2f} "
+            f"| {outcome.seconds:.0f} |"
         )
 
 
@@ -129,12 +130,9 @@ def main() -> None:
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--work", type=Path, default=Path("recipes"))
-    parser.add_argument(
-        "--checkpoints", type=Path, default=ROOT.parent / "shared" / "checkpoints"
-    )
+    parser.add_argument("--checkpoints", type=Path, default=ROOT.parent / "shared" / "checkpoints")
     options = parser.parse_args()
     options.work.mkdir(exist_ok=True)
-    torch.set_num_threads(torch.get_num_threads())
     for name in options.names:
         file = options.work / f"{options.network}-{options.epochs}-{name}-{options.seed}.json"
         if options.part == "run" and not file.exists():

@@ -146,8 +146,8 @@ def attempt(request: ConvertRequest, ready: Prepared, observer: Observer) -> Att
         if drop is None or found.tuning.drop <= drop:
             return found
         tried.append(
-            f"a plan {proposal.prediction.speedup:.2f} times as fast lost {found.tuning.drop:.2f} points, "
-            f"more than --max-drop {drop:g}, and was given up."
+            f"a plan {proposal.prediction.speedup:.2f} times as fast lost "
+            f"{found.tuning.drop:.2f} points, more than --max-drop {drop:g}, and was given up."
         )
         given_up.append(proposal.plan.structures)
         assert most_loss is not None

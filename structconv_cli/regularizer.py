@@ -11,21 +11,10 @@ the limit's indicator), so that the phase ends inside the subspace, whatever lam
 """
 
 import math
-from collections.abc import Iterable
 
 import torch
 
 from structconv_cli.structure import Structure
-
-
-@torch.no_grad()
-def structural_loss(weights: Iterable[tuple[torch.Tensor, Structure]]) -> float:
-    """sum_l ||W_l - P W_l||_F / ||W_l||_F (0 where a weight is zero)."""
-    total = 0.0
-    for weight, structure in weights:
-        norm = float(weight.norm())
-        total += float((weight - structure.project(weight)).norm()) / norm if norm else 0.0
-    return total
 
 
 @torch.no_grad()

@@ -14,7 +14,6 @@ from structconv_cli.cost import Cost
 from structconv_cli.data.spec import DataSpec
 from structconv_cli.errors import RunFolderError, StructconvError
 from structconv_cli.exactness import Check
-from structconv_cli.finetune import EpochResult, FineTuneResult, FineTuneSettings, StageResult
 from structconv_cli.json_file import read_json, to_json, write_json
 from structconv_cli.layer_spec import LayerSpec
 from structconv_cli.model.architecture import Architecture
@@ -22,7 +21,9 @@ from structconv_cli.model.inventory import Inventory, TracedLayer, Unsupported
 from structconv_cli.plan import KeptLayer, LayerPlan, Plan
 from structconv_cli.run_folder import RunInfo
 from structconv_cli.structure import Structure
-from structconv_cli.task import Evaluation
+from structconv_cli.tasks.task import Evaluation, Metric
+from structconv_cli.training.recipe import Recipe
+from structconv_cli.training.record import EpochResult, FineTuneResult, StageResult
 from structconv_cli.verify import VerifyResult
 
 RUN_INFO = RunInfo(
@@ -59,9 +60,10 @@ CONVERT_RESULT = ConvertResult(
     before=Cost(10**15, 1, 2),
     after=Cost(3, 4, 5),
     finetune=FineTuneResult(
-        settings=FineTuneSettings(3, 2, augment=("crop",)),
+        recipe=Recipe(3, 1 / 3, augment=("crop",)),
+        metric=Metric("mIoU", "%"),
         stages=(StageResult("original", Evaluation(99.1, 0.25, 100), 0.125, 1.5),),
-        epochs=(EpochResult("regularised", 1, 0.1, 1e-17),),
+        epochs=(EpochResult(1, "regularised", 0.1, 1e-17, Evaluation(9, 8, 7, {"top-5": 1 / 3})),),
     ),
     original_bytes=12,
     structured_bytes=11,

@@ -23,13 +23,13 @@ from structconv_cli.convert import convert, verify_run
 from structconv_cli.data.dataset import load_dataset
 from structconv_cli.data.spec import DataSpec
 from structconv_cli.errors import RunFolderError, StructconvError
-from structconv_cli.finetune import FineTuneSettings
 from structconv_cli.json_file import read_json, write_json
 from structconv_cli.model.architecture import Architecture
 from structconv_cli.onnx.lower import Lowering, LoweringSettings
 from structconv_cli.plan import LayerPlan, Plan, read_plan
 from structconv_cli.run_folder import RunFolder
 from structconv_cli.structure import Structure
+from structconv_cli.training.recipe import Recipe
 from structconv_cli.verify import VerifyResult, verify
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,7 +72,7 @@ def converted(
         checkpoint=SAMPLES / "resnet20_digits.pt",
         architecture=Architecture(f"{SAMPLES / 'resnet_cifar.py'}:resnet20", {"in_channels": 1}),
         data=DataSpec(str(folder / "digits.npz")),
-        settings=FineTuneSettings(epochs=0, regularised_epochs=0),
+        recipe=Recipe(epochs=0, regularised=0),
         n=2,
         channels=1.0,
         plan_file=folder / "plan.json",

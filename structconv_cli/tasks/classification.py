@@ -58,8 +58,7 @@ class Classification(ImageTask):
 
     @torch.no_grad()
     def evaluate(self, forward: Callable[[Batch], torch.Tensor]) -> Evaluation:
-        """Top-1 accuracy (percent), cross-entropy (nats), and top-5 where there are classes for it.
-        """
+        """Top-1 accuracy (percent), cross-entropy (nats); top-5 with more than ten classes."""
         sums = torch.zeros(4, dtype=torch.float64)
         for batch in self.validation():
             scores, labels = forward(batch).float(), batch[1]

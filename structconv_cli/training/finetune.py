@@ -64,17 +64,12 @@ def finetune(
         TrainingError: the loss stops being a finite number, nothing can be trained, or another
             process is lost.
     """
-    tuned = copy.deepcopy(model)
+    tuned, hardware = copy.deepcopy(model), hardware or Hardware()
     with torch.random.fork_rng():
-        training = Training(
-            tuned, structures, task, recipe, hardware or Hardware(), world, observer, teacher
-        )
+        training = Training(tuned, structures, task, recipe, hardware, world, observer, teacher)
         _train(training, keeper, enough)
-    tuned.cpu().eval()
-    result = FineTuneResult(
-        recipe, task.metric, tuple(training.stages), tuple(training.epochs)
-    )
-    return tuned.to(memory_format=torch.contiguous_format), result
+    result = FineTuneResult(recipe, task.metric, tuple(training.stages), tuple(training.epochs))
+    return hardware.bring_back(tuned).eval(), result
 
 
 def _train(training: Training, keeper: Keeper | None, enough: Callable[[float], bool]) -> None:

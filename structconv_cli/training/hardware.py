@@ -46,7 +46,7 @@ class Hardware:
     @property
     def torch_device(self) -> torch.device:
         """This process's device."""
-        return torch.device(self.device, local_rank() if self.device == "cuda" else None)
+        return torch.device("cuda", local_rank()) if self.device == "cuda" else torch.device("cpu")
 
     def place(self, model: nn.Module) -> nn.Module:
         """Move a model there, in place."""
@@ -54,6 +54,13 @@ class Hardware:
         if self.channels_last:
             # nn.Module.to alters parameters with four axes only, as is wanted.
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return model
+
+    def bring_back(self, model: nn.Module) -> nn.Module:
+        """Move a model to the CPU and its plain layout, in place."""
+        model.cpu()
+        if self.channels_last:
+            model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         return model
 
     def move(self, batch: Any) -> Any:

@@ -73,7 +73,8 @@ class Training:
             self._average = None
             if recipe.averaging:
                 self._average = AveragedModel(
-                    model, multi_avg_fn=get_ema_multi_avg_fn(recipe.averaging)
+                    model,
+                    multi_avg_fn=get_ema_multi_avg_fn(recipe.averaging),  # type: ignore[no-untyped-call]
                 )
             self._runner: nn.Module = torch.compile(model) if hardware.compiled else model  # type: ignore[assignment]
             if world.size > 1:
@@ -131,6 +132,11 @@ class Training:
         self.project()
         self.reestimate()
 
+    @property
+    def phase(self) -> str:
+        """Where the training stands: regularised, or fine-tuned (inside the subspaces)."""
+        return "fine-tuned" if self.crossed else "regularised"
+
     # Epochs -----------------------------------------------------------------------------------
 
     def run_epoch(self) -> None:
@@ -149,7 +155,7 @@ class Training:
                 start = time.perf_counter()
             last = done % micro == micro - 1
             losses += self._backward(batch, last)
-            self._require_finite(losses, f"in epoch {self.epoch + 1}")
+            self._require_finite(losses, f"in epoch {self.epoch + 1}, in the {self.phase} phase")
             if last:
                 self._change_weights()
             now = time.perf_counter()
@@ -167,10 +173,9 @@ class Training:
         self._set_training()
 
     def _record_epoch(self, loss: float) -> None:
-        phase = "fine-tuned" if self.crossed else "regularised"
         loss = float(self.world.sum(torch.tensor(loss))) / self.world.size
         found = self.evaluate() if self.epoch < self.recipe.epochs else None
-        self.epochs.append(EpochResult(self.epoch, phase, loss, self._max_residual(), found))
+        self.epochs.append(EpochResult(self.epoch, self.phase, loss, self._max_residual(), found))
         judged = f", {self.task.metric.text(found.score)}" if found else ""
         self.observer.note(f"epoch {self.epoch} of {self.recipe.epochs}, loss {loss:.4f}{judged}")
 
@@ -188,7 +193,7 @@ class Training:
             with self.hardware.autocast():
                 outputs = self.task.forward(self._runner, batch)
                 loss = self._loss(outputs, batch)
-            (loss / self.recipe.accumulate).backward()
+            (loss / self.recipe.accumulate).backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
 
     def _loss(self, outputs: Any, batch: Batch) -> torch.Tensor:
