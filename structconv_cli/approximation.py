@@ -146,9 +146,9 @@ class _Tally:
         )
 
 
-def _differences(before: Array, after: Array) -> npt.NDArray[np.floating]:
+def _differences(before: Array, after: Array) -> Array:
     """||after - before|| / ||before|| of each example."""
     flat = before.reshape(len(before), -1)
     norms = np.maximum(np.linalg.norm(flat, axis=1), np.finfo(np.float32).tiny)
-    apart: npt.NDArray[np.floating] = np.linalg.norm(after.reshape(flat.shape) - flat, axis=1)
-    return apart / norms
+    apart: Array = np.linalg.norm(after.reshape(flat.shape) - flat, axis=1) / norms
+    return apart

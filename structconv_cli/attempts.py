@@ -7,7 +7,9 @@ for proportionally less.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import numpy.typing as npt
 import onnx
 import torch
 from torch import nn
@@ -17,7 +19,7 @@ from structconv_cli.data.dataset import Dataset
 from structconv_cli.errors import PlanError
 from structconv_cli.model.checkpoint import Checkpoint
 from structconv_cli.model.inventory import Inventory
-from structconv_cli.onnx.graph import Graph
+from structconv_cli.model.signature import sized
 from structconv_cli.plan import Plan, read_plan
 from structconv_cli.planning.check import check_plan
 from structconv_cli.planning.pipeline import training_samples
@@ -26,7 +28,7 @@ from structconv_cli.planning.proposal import Planner
 from structconv_cli.planning.rule import rule_plan
 from structconv_cli.progress import Observer
 from structconv_cli.structure import Structure
-from structconv_cli.tasks.classification import Classification
+from structconv_cli.tasks.task import Task
 from structconv_cli.training.finetune import finetune
 from structconv_cli.training.record import FineTuneResult
 
@@ -42,8 +44,9 @@ class Prepared:
     Attributes:
         checkpoint: the user's weights.
         model: with these weights, in eval mode.
-        data: to tune and judge on.
-        example: images to trace the model with.
+        data: to tune and judge on; None where the task file loads it.
+        task: what the model is tuned for and judged by.
+        real: the model's inputs, one tensor each, for some validation examples.
         inventory: the model's layers.
         given: the plan of a file or of the rule; None if one is to be made for targets.
         original: the model as an ONNX graph.
@@ -51,11 +54,17 @@ class Prepared:
 
     checkpoint: Checkpoint
     model: nn.Module
-    data: Dataset
-    example: torch.Tensor
+    data: Dataset | None
+    task: Task
+    real: tuple[torch.Tensor, ...]
     inventory: Inventory
     given: Plan | None
     original: onnx.ModelProto
+
+    def feeds(self, batch: int) -> dict[str, npt.NDArray[Any]]:
+        """A batch of the model's inputs by name, to time it with."""
+        inputs = zip(self.inventory.inputs, sized(self.real, batch), strict=True)
+        return {name: tensor.numpy() for name, tensor in inputs}
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,12 +88,9 @@ class Attempt:
 
 def make_planner(request: ConvertRequest, ready: Prepared, observer: Observer) -> Planner:
     """Measure and predict what there is to choose from."""
-    name = Graph(ready.original).inputs[0]
-    settings, data = request.proposal, ready.data
-    samples = training_samples(data, name, request.images, settings.sensitivity.seed)
-    batch = settings.target.batch_size
-    images = data.prepare(data.train.first(1)).repeat(batch, 1, 1, 1)
-    feeds = {name: images.numpy()}
+    settings = request.proposal
+    samples = training_samples(ready.task, ready.original, request.images)
+    feeds = ready.feeds(settings.target.batch_size)
     return Planner(ready.original, feeds, samples, settings, ready.inventory.refused, observer)
 
 
@@ -110,13 +116,11 @@ def attempt(request: ConvertRequest, ready: Prepared, observer: Observer) -> Att
 
     def tuned(plan: Plan, prediction: Prediction | None) -> Attempt:
         observer.note(f"{len(plan.structures)} of {len(plan.layers)} layers structured")
-        recipe = request.recipe
-        task = Classification(ready.data, recipe.batch_size, recipe.augment, recipe.seed)
         found = finetune(
             ready.model,
             plan.structures,
-            task,
-            recipe,
+            ready.task,
+            request.recipe,
             hardware=request.hardware,
             observer=observer,
         )

@@ -26,7 +26,7 @@ class ConvertRequest:
     Attributes:
         checkpoint: the user's checkpoint file.
         architecture: what builds the model that it fits.
-        data: what to tune and judge on.
+        data: what to tune and judge on; None where the task file loads it.
         recipe: how to fine-tune.
         n, channels: the rule for all layers (see `planning.rule`), where there is no plan file.
         plan_file: a plan to obey instead.
@@ -37,12 +37,13 @@ class ConvertRequest:
         out: the run folder to write.
         force: whether an existing run folder is replaced.
         lowering: how the ONNX forms are chosen.
+        task: the user's own task file, which is run; None for the task that the data has.
         command: the command line's words, for the record.
     """
 
     checkpoint: Path
     architecture: Architecture
-    data: DataSpec
+    data: DataSpec | None
     recipe: Recipe
     n: int
     channels: float
@@ -54,6 +55,7 @@ class ConvertRequest:
     proposal: ProposalSettings = field(default_factory=ProposalSettings)
     images: int = 512
     hardware: Hardware = field(default_factory=Hardware)
+    task: Path | None = None
     command: tuple[str, ...] = ()
 
 

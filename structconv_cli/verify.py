@@ -134,7 +134,7 @@ def record_reference(
             else tensor
             for tensor in sized(real, size)
         )
-    record = {}
+    record: dict[str, torch.Tensor] = {}
     with eval_mode(model):
         for name, inputs in sets.items():
             outputs = tensors_of(model(*inputs))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -65,7 +66,7 @@ class Classification(ImageTask):
             labels = labels.to(scores.device)
             best = scores.topk(min(_TOP, scores.shape[1]), 1).indices == labels.unsqueeze(1)
             loss = functional.cross_entropy(scores, labels, reduction="sum")
-            found = [best[:, 0].sum(), best.any(1).sum(), loss, len(labels)]
+            found: list[Any] = [best[:, 0].sum(), best.any(1).sum(), loss, len(labels)]
             sums += torch.tensor([float(value) for value in found], dtype=torch.float64)
         first, top, loss_sum, images = self.world.sum(sums).tolist()
         others: Mapping[str, float] = {}

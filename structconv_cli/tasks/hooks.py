@@ -17,13 +17,13 @@ from structconv_cli.errors import StructconvError, TaskError
 from structconv_cli.tasks.task import Metric
 from structconv_cli.user_code import import_file, import_folder, line_in, what_failed
 
-REQUIRED: Mapping[str, tuple[str, ...]] = {
+REQUIRED: dict[str, tuple[str, ...]] = {
     "train_loader": ("batch_size", "seed", "rank", "world"),
     "val_loader": ("batch_size",),
     "loss": ("outputs", "batch"),
     "metric": ("results",),
 }
-OPTIONAL: Mapping[str, tuple[str, ...]] = {
+OPTIONAL: dict[str, tuple[str, ...]] = {
     "inputs": ("batch",),
     "forward": ("model", "batch"),
     "distillation": ("outputs", "taught", "batch"),
@@ -151,7 +151,7 @@ def _function(
 
 
 def _metric(module: ModuleType, path: Path) -> Metric:
-    values = {}
+    values: dict[str, Any] = {}
     for name, kind in _VALUES.items():
         value = values[name] = getattr(module, name, {str: "", bool: True}[kind])
         if not isinstance(value, kind):

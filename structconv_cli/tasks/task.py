@@ -71,8 +71,7 @@ class Task(Protocol):
         """The model's inputs, one tensor each, for some validation examples, `count` at most."""
 
     def samples(self, count: int) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
-        """The same for training examples, to predict losses with; and their classes (B,), if any.
-        """
+        """The same for training examples, to predict losses with; their classes (B,), if any."""
 
     @property
     def steps(self) -> int:

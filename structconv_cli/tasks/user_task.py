@@ -102,7 +102,7 @@ class UserTask:
         Raises:
             TaskError: one fails, or gives what it should not.
         """
-        del self.steps
+        _ = self.steps  # tells of a loader without a length
         batch = self.batches.first()
         trained = any(parameter.requires_grad for parameter in model.parameters())
         with eval_mode(model):
@@ -164,9 +164,7 @@ class UserTask:
         """The metric, and the mean loss, over all that the validation loader gives."""
         return self._judge(forward)
 
-    def _judge(
-        self, forward: Callable[[Batch], Outputs], most: int | None = None
-    ) -> Evaluation:
+    def _judge(self, forward: Callable[[Batch], Outputs], most: int | None = None) -> Evaluation:
         examples, loss = 0, 0.0
 
         def results() -> Iterator[tuple[Outputs, Batch]]:
