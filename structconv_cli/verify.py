@@ -204,7 +204,7 @@ def _measure(
     if isinstance(approximate, str):
         return None, approximate
     try:
-        with observer.stage("accuracy against the original"):
+        with observer.stage("comparison with the original"):
             return approximate(), ""
     except StructconvError as error:
         return None, str(error)

@@ -1,6 +1,7 @@
 """A user's task file: what it may say, and what is told of every mistake in it."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -287,6 +288,19 @@ def test_the_defaults_take_the_first_of_a_tuple(tmp_path: Path) -> None:
     assert example.shape == (5, 1, 8, 8)
 
 
+def test_the_example_of_the_readme_works(tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (source,) = [
+        x for x in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "def loss" in x
+    ]
+    task = task_of(tmp_path, source)
+    task.check(nn.Conv2d(3, 3, 3, padding=1))
+    # Of a model that leaves its input alone, the noise.
+    found = task.evaluate(lambda batch: batch[0])
+    assert found.score == pytest.approx(20, abs=0.2)
+    assert task.metric.text(found.score).endswith(" dB")
+
+
 # --- mistakes
 
 
@@ -341,7 +355,7 @@ MISTAKES = {
         "gives a dict",
     ),
     "no inputs hook": (changed("def inputs", "def the_inputs"), "yields a dict"),
-    "inputs of text": (changed('return batch["image"],', 'return "x",'), "gives a str"),
+    "inputs of text": (changed('return batch["image"],', 'return "x",'), "a tuple of a str"),
     "rows": (changed('return batch["image"],', 'return batch["image"][:1],'), "a row for each"),
     "inputs raise": (changed('batch["image"],', 'batch["picture"],'), "'picture'"),
     "dataset raises": (
@@ -408,9 +422,9 @@ def test_on_the_command_line_a_mistake_is_one_paragraph(place: Path, tmp_path: P
     (tmp_path / "bad.py").write_text(MISTAKES["metric is nan"][0])
     done = run(
         *("convert", place / "model.pt", "--arch", f"{place}/model.py:two"),
-        *("--out", tmp_path / "run", "--task", tmp_path / "bad.py"),
+        *("--out", tmp_path / "run", "--task", tmp_path / "bad.py", "--batch-size", 8),
     )
     assert done.exit_code == 1
     assert "Traceback" not in done.output
-    assert "metric" in done.stderr
+    assert "the hook metric" in done.stderr
     assert not (tmp_path / "run").exists()

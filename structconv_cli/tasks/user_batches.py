@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from structconv_cli.errors import TaskError
 from structconv_cli.tasks.hooks import Hooks, kind_of
 from structconv_cli.tasks.task import Batch
 from structconv_cli.world import World
@@ -65,7 +66,7 @@ class UserBatches:
                 "as many for each",
             )
         if steps < 1:
-            raise self.hooks.wrong("train_loader", "gives no batch", "at least one")
+            raise self._nothing()
         return steps
 
     def training(self, epoch: int) -> Iterator[Batch]:
@@ -93,13 +94,13 @@ class UserBatches:
         """A training batch."""
         for batch in islice(self._drawn(_SAMPLES_EPOCH, 1), 1):
             return batch
-        raise self.hooks.wrong("train_loader", "gives no batch", "at least one")
+        raise self._nothing()
 
     def samples(self, count: int) -> tuple[tuple[torch.Tensor, ...], None]:
         """The model's inputs in training batches; of one shape, so that they go into one array."""
         found = [self.inputs(batch) for batch in self._drawn(_SAMPLES_EPOCH, count)]
         if not found:
-            raise self.hooks.wrong("train_loader", "gives no batch", "at least one")
+            raise self._nothing()
         alike = [x for x in found if [t.shape[1:] for t in x] == [t.shape[1:] for t in found[0]]]
         return tuple(torch.cat(parts)[:count] for parts in zip(*alike, strict=True)), None
 
@@ -131,7 +132,16 @@ class UserBatches:
         """All of the validation part."""
         with _seeded(self.seed):
             loader = self.hooks.call("val_loader", self.batch_size)
-        return self.hooks.each("val_loader", loader)
+        given = False
+        for batch in self.hooks.each("val_loader", loader):
+            given = True
+            yield batch
+        if not given:
+            raise self.hooks.wrong("val_loader", "gives no batch", "at least one")
+
+    def _nothing(self) -> TaskError:
+        found = f"gives no batch, asked for batches of {self.batch_size}"
+        return self.hooks.wrong("train_loader", found, "at least one")
 
     @cached_property
     def _loader(self) -> Any:

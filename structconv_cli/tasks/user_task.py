@@ -184,8 +184,7 @@ class UserTask:
         except (TypeError, ValueError, RuntimeError):
             raise self.hooks.wrong("metric", f"gives {kind_of(found)}", "a number") from None
         if not examples:
-            what = "reads none of its results, or val_loader gives none"
-            raise self.hooks.wrong("metric", what, "at least one batch to be judged")
+            raise self.hooks.wrong("metric", "reads none of its results", "all to be judged")
         if not math.isfinite(score):
             raise self.hooks.wrong("metric", f"gives {score}", "a finite number")
         if not math.isfinite(loss):
