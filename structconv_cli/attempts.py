@@ -5,8 +5,9 @@ for the loss that the drop is predicted to stand for, fine-tune, measure, and if
 for proportionally less.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy.typing as npt
@@ -27,10 +28,11 @@ from structconv_cli.planning.prediction import Prediction
 from structconv_cli.planning.proposal import Planner
 from structconv_cli.planning.rule import rule_plan
 from structconv_cli.progress import Observer
-from structconv_cli.structure import Structure
 from structconv_cli.tasks.task import Task
 from structconv_cli.training.finetune import finetune
 from structconv_cli.training.record import FineTuneResult
+from structconv_cli.unfinished import Tried, Unfinished
+from structconv_cli.world import World
 
 MOST_ATTEMPTS = 4
 _BACK_OFF = 0.8
@@ -105,61 +107,130 @@ def given_plan(request: ConvertRequest, inventory: Inventory) -> Plan:
     return rule_plan(inventory, request.n, request.channels)
 
 
-def attempt(request: ConvertRequest, ready: Prepared, observer: Observer) -> Attempt:
+def attempt(
+    request: ConvertRequest,
+    ready: Prepared,
+    unfinished: Unfinished,
+    world: World,
+    observer: Observer,
+) -> Attempt:
     """Choose a plan as the request says, and fine-tune the model into it.
+
+    Process 0 chooses; all tune.
 
     Raises:
         PlanError: no plan meets the targets, or holds the drop after fine-tuning.
-        TrainingError: fine-tuning fails.
+        TrainingError: fine-tuning fails; what was tuned so far is kept.
     """
-    inventory = ready.inventory
-
-    def tuned(plan: Plan, prediction: Prediction | None) -> Attempt:
-        observer.note(f"{len(plan.structures)} of {len(plan.layers)} layers structured")
-        found = finetune(
-            ready.model,
-            plan.structures,
-            ready.task,
-            request.recipe,
-            hardware=request.hardware,
-            observer=observer,
+    planning = _Planning(request, ready, observer)
+    tried = unfinished.tried if world.first else ()
+    notes: list[str] = []
+    for number in range(MOST_ATTEMPTS):
+        if world.first and number == len(tried):
+            chosen = planning.next(tried)
+            tried = (*tried, chosen) if chosen is not None else tried
+        entry = world.same(tried[number] if number < len(tried) else None)
+        if entry is None:
+            break
+        found = None
+        if entry.drop is None:
+            if world.first and request.recipe.epochs:
+                unfinished.keep(tried)
+            with unfinished.working() if world.first else nullcontext():
+                found = _tuned(request, ready, entry, unfinished, world, observer)
+            entry = replace(entry, drop=found.tuning.drop)
+            if planning.holds(found.tuning.drop):
+                return replace(found, notes=tuple(notes))
+        assert entry.drop is not None
+        assert entry.prediction is not None
+        notes.append(
+            f"a plan {entry.prediction.speedup:.2f} times as fast lost {entry.drop:.2f} points, "
+            f"more than --max-drop {request.targets.max_drop:g}, and was given up."
         )
-        return Attempt(plan, prediction, *found, notes=tuple(tried))
+        if world.first:
+            tried = (*tried[:number], entry, *tried[number + 1 :])
+    if world.first:
+        unfinished.discard()
+    raise PlanError(
+        f"no plan tried loses at most {request.targets.max_drop:g} points after fine-tuning: "
+        f"{' '.join(notes)} Tune longer (--epochs), allow a larger --max-drop, or ask for less."
+    )
 
-    tried: list[str] = []
-    if ready.given is not None:
-        return tuned(ready.given, None)
-    planner = make_planner(request, ready, observer)
-    drop = request.targets.max_drop
-    most_loss = None if drop is None else planner.most_loss(drop)
-    given_up: list[Mapping[str, Structure]] = []
-    for _ in range(MOST_ATTEMPTS):
+
+def _tuned(
+    request: ConvertRequest,
+    ready: Prepared,
+    entry: Tried,
+    unfinished: Unfinished,
+    world: World,
+    observer: Observer,
+) -> Attempt:
+    plan = entry.plan
+    observer.note(f"{len(plan.structures)} of {len(plan.layers)} layers structured")
+    model, tuning = finetune(
+        ready.model,
+        plan.structures,
+        ready.task,
+        request.recipe,
+        hardware=request.hardware,
+        world=world,
+        keeper=unfinished,
+        enough=lambda drop: request.enough is not None and drop <= request.enough,
+        observer=observer,
+    )
+    return Attempt(plan, entry.prediction, model, tuning)
+
+
+class _Planning:
+    """The next plan to try, made when it is needed: measuring takes minutes."""
+
+    def __init__(self, request: ConvertRequest, ready: Prepared, observer: Observer) -> None:
+        self._request, self._ready, self._observer = request, ready, observer
+
+    @cached_property
+    def _planner(self) -> Planner:
+        return make_planner(self._request, self._ready, self._observer)
+
+    def holds(self, drop: float) -> bool:
+        """Whether a drop after fine-tuning is within what was asked for."""
+        most = self._request.targets.max_drop
+        return most is None or drop <= most
+
+    def next(self, tried: tuple[Tried, ...]) -> Tried | None:
+        """The plan to try after those that were; None if nothing is left to back off to.
+
+        Raises:
+            PlanError: no plan meets the targets, or the best keeps every layer.
+        """
+        given, inventory = self._ready.given, self._ready.inventory
+        if given is not None:
+            return None if tried else Tried(given)
+        most_loss = self._most_loss(tried)
         try:
-            proposal = planner.propose(request.targets, most_loss)
+            proposal = self._planner.propose(self._request.targets, most_loss)
         except PlanError:
             if not tried:
                 raise
-            break
-        if not proposal.plan.structures and not tried:
+            return None
+        structures = proposal.plan.structures
+        if not structures and not tried:
             raise PlanError(_nothing_structured(proposal.plan))
-        # Nothing is left to back off to.
-        if proposal.plan.structures in ({}, *given_up):
-            break
+        if structures in ({}, *(entry.plan.structures for entry in tried)):
+            return None
         plan = check_plan(proposal.plan, inventory.axes, inventory.refused)
-        found = tuned(plan, proposal.prediction)
-        if drop is None or found.tuning.drop <= drop:
-            return found
-        tried.append(
-            f"a plan {proposal.prediction.speedup:.2f} times as fast lost "
-            f"{found.tuning.drop:.2f} points, more than --max-drop {drop:g}, and was given up."
-        )
-        given_up.append(proposal.plan.structures)
-        assert most_loss is not None
-        most_loss = _BACK_OFF * min(most_loss, proposal.prediction.loss) * drop / found.tuning.drop
-    raise PlanError(
-        f"no plan tried loses at most {drop:g} points after fine-tuning: {' '.join(tried)} "
-        "Tune longer (--epochs), allow a larger --max-drop, or ask for less."
-    )
+        return Tried(plan, proposal.prediction, most_loss)
+
+    def _most_loss(self, tried: tuple[Tried, ...]) -> float | None:
+        drop = self._request.targets.max_drop
+        if drop is None:
+            return None
+        if not tried:
+            return self._planner.most_loss(drop)
+        last = tried[-1]
+        assert last.most_loss is not None
+        assert last.prediction is not None
+        assert last.drop is not None
+        return _BACK_OFF * min(last.most_loss, last.prediction.loss) * drop / last.drop
 
 
 def _nothing_structured(plan: Plan) -> str:

@@ -35,7 +35,9 @@ class ConvertRequest:
         images: training images that it is made from.
         hardware: where to fine-tune.
         out: the run folder to write.
-        force: whether an existing run folder is replaced.
+        force: whether an existing run folder, or an unfinished conversion, is replaced.
+        resume: whether to go on with an unfinished conversion, if there is one.
+        enough: drop, in the metric's unit, at which fine-tuning stops early; None to go on.
         lowering: how the ONNX forms are chosen.
         task: the user's own task file, which is run; None for the task that the data has.
         command: the command line's words, for the record.
@@ -56,6 +58,8 @@ class ConvertRequest:
     images: int = 512
     hardware: Hardware = field(default_factory=Hardware)
     task: Path | None = None
+    resume: bool = False
+    enough: float | None = None
     command: tuple[str, ...] = ()
 
 

@@ -42,6 +42,7 @@ from structconv_cli.tasks.choice import image_task, task_for, task_name
 from structconv_cli.tasks.classification import Classification
 from structconv_cli.tasks.task import Task
 from structconv_cli.training.record import FineTuneResult
+from structconv_cli.unfinished import open_unfinished
 from structconv_cli.verify import (
     REAL_EXAMPLES,
     Artifacts,
@@ -49,6 +50,7 @@ from structconv_cli.verify import (
     record_reference,
     verify,
 )
+from structconv_cli.world import ALONE, World, check_batch_size, joined
 
 _TRACE_BATCH = 2
 _OUTPUTS_ONLY = (
@@ -59,21 +61,34 @@ _OUTPUTS_ONLY = (
 
 def convert(
     request: ConvertRequest, observer: Observer = SILENT
-) -> tuple[ConvertResult, VerifyResult]:
+) -> tuple[ConvertResult, VerifyResult] | None:
     """Carry out a conversion and verify it; the run folder appears when all of it is done.
 
-    A run whose verification fails is kept, so that it can be looked into.
+    A run whose verification fails is kept, so that it can be looked into. What an interrupted
+    fine-tuning reached stays in `OUT.partial`.
+
+    Where torchrun started several processes, all must call this; process 0 returns the outcome, and
+    the others None once it is tuned.
 
     Raises:
         StructconvError: whatever is wrong with the input, before anything is written.
     """
     start = time.perf_counter()
-    check_destination(request.out, request.force)
-    ready = _prepare(request, observer)
+    unfinished = open_unfinished(request)
+    # It was begun with --force if there was a run to replace.
+    replaces = request.force or bool(unfinished.tried)
+    check_destination(request.out, replaces)
+    request.hardware.check()
+    with joined(request.hardware.device) as world:
+        check_batch_size(request.recipe.batch_size, world)
+        ready = _prepare(request, world, observer)
+        world.wait()
+        found = attempt(request, ready, unfinished, world, observer)
+    if not world.first:
+        return None
     inventory, original = ready.inventory, ready.original
-    found = attempt(request, ready, observer)
     plan, tuned, tuning = found.plan, found.model, found.tuning
-    with new_run_folder(request.out, request.force) as folder:
+    with new_run_folder(request.out, replaces) as folder:
         with observer.stage("rewrite and export"):
             save_onnx(original, folder.original_onnx)
             dense_graph = _write_models(folder, ready, tuned, plan)
@@ -107,6 +122,7 @@ def convert(
             ),
         )
         write_json(result, folder.convert_result)
+    unfinished.discard()
     return result, verification
 
 
@@ -123,7 +139,7 @@ def dry_run(request: ConvertRequest, out: Path, observer: Observer = SILENT) -> 
     """
     files = PlanFiles(out)
     check_plan_destination(files, force=request.force)
-    ready = _prepare(request, observer)
+    ready = _prepare(request, ALONE, observer)
     planner = make_planner(request, ready, observer)
     if ready.given is None:
         proposal = planner.propose(request.targets)
@@ -172,12 +188,12 @@ def _comparison(
     return lambda: compare_models(*models, batches, data.ignore_label)
 
 
-def _prepare(request: ConvertRequest, observer: Observer) -> Prepared:
+def _prepare(request: ConvertRequest, world: World, observer: Observer) -> Prepared:
     """Load and check all that a conversion starts from, before the long work."""
     with observer.stage("checkpoint"):
         checkpoint, model = _load_model(request)
     with observer.stage("data"):
-        data, task = _load_task(request, model, observer)
+        data, task = _load_task(request, model, world, observer)
         real = task.examples(REAL_EXAMPLES)
         _check_drop(request, task)
     with observer.stage("export of the original"):
@@ -197,7 +213,7 @@ def _load_model(request: ConvertRequest) -> tuple[Checkpoint, nn.Module]:
 
 
 def _load_task(
-    request: ConvertRequest, model: nn.Module, observer: Observer
+    request: ConvertRequest, model: nn.Module, world: World, observer: Observer
 ) -> tuple[Dataset | None, Task]:
     channels = first_channels(model)
     if channels is None:
@@ -206,13 +222,13 @@ def _load_task(
             "is nothing to structure. structconv is for convolutional networks."
         )
     if request.task is not None:
-        return None, task_for(request.task, request.recipe)
+        return None, task_for(request.task, request.recipe, world)
     assert request.data is not None
     data = load_dataset(request.data, channels=channels, progress=observer.steps)
     if len(data.train) < 2:
         raise StructconvError("the training part has a single image; expected at least 2.")
     observer.note(f"{len(data.train)} training and {len(data.val)} validation images")
-    return data, task_for(data, request.recipe)
+    return data, task_for(data, request.recipe, world)
 
 
 def _check_drop(request: ConvertRequest, task: Task) -> None:

@@ -174,6 +174,11 @@ class RunFolder:
         write_json(info, self.info_file)
 
 
+def partial_folder(out: Path) -> Path:
+    """Where an unfinished conversion is kept, beside the run folder that it is to become."""
+    return out.with_name(out.name + ".partial")
+
+
 def check_destination(path: Path, force: bool) -> None:
     """Refuse to write where something would be lost; ask before the long work, not after it.
 

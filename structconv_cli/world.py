@@ -34,6 +34,12 @@ class World:
         """Whether this is the process that writes."""
         return self.rank == 0
 
+    def wait(self) -> None:
+        """Wait until all processes are here."""
+        if self.size > 1:
+            with _reached():
+                distributed.barrier()
+
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The sum of all processes' tensors, in each of them."""
         if self.size > 1:
@@ -63,9 +69,27 @@ class World:
 ALONE = World()
 
 
+def check_batch_size(batch_size: int, world: World) -> None:
+    """Check that a training step's examples can be shared out evenly.
+
+    Raises:
+        TrainingError: they cannot.
+    """
+    if batch_size % world.size or batch_size < 2 * world.size:
+        raise TrainingError(
+            f"--batch-size {batch_size} is shared by {world.size} processes: give a multiple of "
+            f"{world.size}, with at least 2 for each."
+        )
+
+
 def launched() -> bool:
     """Whether torchrun, or another launcher like it, started several processes."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ
+
+
+def launched_rank() -> int:
+    """This process's rank, as the launcher says; 0 without one."""
+    return int(os.environ.get("RANK", "0")) if launched() else 0
 
 
 @contextmanager

@@ -19,7 +19,7 @@ __all__ = ["place"]
 
 def drop_of(folder: Path) -> float:
     stages = json.loads((folder / "convert.json").read_text())["finetune"]["stages"]
-    return float(stages[0]["evaluation"]["accuracy"] - stages[-1]["evaluation"]["accuracy"])
+    return float(stages[0]["evaluation"]["score"] - stages[-1]["evaluation"]["score"])
 
 
 def notes_of(folder: Path) -> list[str]:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from structconv_cli import options
 from structconv_cli.commands.failures import CHECK_FAILED, failures
-from structconv_cli.commands.parsed import parse_data, parse_targets
+from structconv_cli.commands.parsed import parse_data, parse_hardware, parse_targets
 
 if TYPE_CHECKING:
     from structconv_cli.conversion import ConvertRequest
@@ -24,6 +24,7 @@ def convert(
     arch_arg: options.ArchArg = None,
     out: options.Out = Path("structconv-run"),
     force: options.Force = False,
+    resume: options.Resume = False,
     n: options.N = 2,
     channels: options.Channels = 1.0,
     plan: options.PlanFile = None,
@@ -37,22 +38,29 @@ def convert(
     dry_run: options.DryRun = False,
     epochs: options.Epochs = 6,
     sr_epochs: options.SrEpochs = None,
-    sr_lambda: options.SrLambda = 0.1,
-    distill: options.Distill = 0.5,
+    sr_lambda: options.SrLambda = None,
+    recipe: options.RecipeName = "default",
+    distill: options.Distill = None,
     batch_size: options.BatchSize = 64,
-    lr: options.LearningRate = 0.02,
+    accumulate: options.Accumulate = 1,
+    lr: options.LearningRate = None,
+    stop_at_drop: options.StopAtDrop = None,
     augment: options.Augment = "crop",
     size: options.Size = None,
     mean: options.Mean = "",
     std: options.Std = "",
     val_split: options.ValSplit = None,
     seed: options.Seed = 0,
+    train_device: options.TrainDevice = "auto",
+    precision: options.TrainPrecision = "fp32",
+    channels_last: options.ChannelsLast = False,
+    compile: options.Compile = False,
     forms: options.Forms = "measure",
     timings: options.Timings = None,
 ) -> None:
     """Fine-tune a trained CNN into its structured form, rewrite, export and verify it."""
     console = Console()
-    with failures(written=f"nothing was written to {out}"):
+    with failures(f"nothing was written to {out}", lambda: _kept(out)):
         from structconv_cli.conversion import ConvertRequest
         from structconv_cli.model.architecture import Architecture, parse_arguments
         from structconv_cli.onnx.lower import LoweringSettings
@@ -60,7 +68,7 @@ def convert(
         from structconv_cli.onnx.timing_cache import default_path
         from structconv_cli.planning.proposal import REMAINS, ProposalSettings
         from structconv_cli.planning.sensitivity import SensitivitySettings
-        from structconv_cli.training.recipe import Recipe
+        from structconv_cli.training.recipe import RECIPES, named_recipe
 
         targets = parse_targets(
             target_speedup, target_latency, target_macs, target_params, max_drop
@@ -76,16 +84,22 @@ def convert(
             )
         if plan is not None and not targets.is_empty:
             raise typer.BadParameter("--plan is obeyed as it is; give it without a target.")
+        if recipe not in RECIPES:
+            raise typer.BadParameter(f"--recipe is one of {', '.join(RECIPES)}; found {recipe!r}.")
+        if sr_epochs is not None and sr_epochs > epochs:
+            raise typer.BadParameter(f"--sr-epochs {sr_epochs:g} is more than --epochs {epochs}.")
         target, timings = Target(threads=threads, batch_size=run_batch), timings or default_path()
         request = ConvertRequest(
             checkpoint=checkpoint,
             architecture=Architecture(arch, parse_arguments(arch_arg or [])),
             data=None if data is None else parse_data(data, size, mean, std, val_split, seed),
             task=task,
-            recipe=Recipe(
-                epochs=epochs,
-                regularised=_regularised_epochs(epochs, sr_epochs),
+            recipe=named_recipe(
+                recipe,
+                epochs,
+                regularised=sr_epochs,
                 batch_size=batch_size,
+                accumulate=accumulate,
                 learning_rate=lr,
                 sr_lambda=sr_lambda,
                 distillation=distill,
@@ -106,6 +120,9 @@ def convert(
                 timings.parent / "losses",
                 REMAINS if epochs else 1.0,
             ),
+            hardware=parse_hardware(train_device, precision, channels_last, compile),
+            resume=resume,
+            enough=stop_at_drop,
             command=tuple(sys.argv),
         )
         exact = _dry_run(request, console) if dry_run else _convert(request, console)
@@ -131,10 +148,16 @@ def _dry_run(request: "ConvertRequest", console: Console) -> bool:
 
 def _convert(request: "ConvertRequest", console: Console) -> bool:
     from structconv_cli.convert import convert as run_pipeline
+    from structconv_cli.progress import SILENT
     from structconv_cli.report.conversion import convert_report
     from structconv_cli.terminal import observer_for
+    from structconv_cli.world import launched_rank
 
-    result, verification = run_pipeline(request, observer_for(Console(stderr=True)))
+    observer = SILENT if launched_rank() else observer_for(Console(stderr=True))
+    outcome = run_pipeline(request, observer)
+    if outcome is None:  # process 0 writes
+        return True
+    result, verification = outcome
     console.print(convert_report(result, verification))
     console.print(
         f"Wrote [bold]{request.out}[/] with structured.onnx. How much faster it is here: "
@@ -145,12 +168,17 @@ def _convert(request: "ConvertRequest", console: Console) -> bool:
     return verification.exact
 
 
-def _regularised_epochs(epochs: int, chosen: int | None) -> int:
-    if chosen is None:
-        return -(-epochs // 3)
-    if chosen > epochs:
-        raise typer.BadParameter(f"--sr-epochs {chosen} is more than --epochs {epochs}.")
-    return chosen
+def _kept(out: Path) -> str:
+    """What is kept of an interrupted fine-tuning, and how to go on."""
+    from structconv_cli.run_folder import partial_folder
+
+    partial = partial_folder(out)
+    if not (partial / "training.pt").is_file():
+        return ""
+    return (
+        f"What was tuned so far is kept in {partial}: the same command with --resume goes on from "
+        "there."
+    )
 
 
 def _augmentation(text: str) -> tuple[str, ...]:

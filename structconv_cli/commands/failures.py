@@ -1,6 +1,6 @@
 """What can go wrong, as one paragraph and an exit status."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import typer
@@ -14,25 +14,31 @@ INTERRUPTED = 130
 
 
 @contextmanager
-def failures(written: str = "") -> Iterator[None]:
-    """Turn what can go wrong outside this program into one paragraph and an exit status."""
+def failures(written: str = "", kept: Callable[[], str] = str) -> Iterator[None]:
+    """Turn what can go wrong outside this program into one paragraph and an exit status.
+
+    Args:
+        written: what became of the output.
+        kept: what is kept of the work, and how to go on; asked when it went wrong.
+    """
     after = f" Nothing is half-written: {written}." if written else ""
     try:
         yield
     except StructconvError as error:
-        _fail(str(error))
+        _fail(f"{error} {kept()}".strip())
     except KeyboardInterrupt:
-        Console(stderr=True).print(f"[yellow]Stopped.[/]{after}", highlight=False)
+        Console(stderr=True).print(f"[yellow]Stopped.[/]{after} {kept()}", highlight=False)
         raise typer.Exit(INTERRUPTED) from None
     except OSError as error:
         place = f" ({error.filename})" if error.filename else ""
-        _fail(f"{error.strerror or error}{place}. Check the disk's space and permissions.{after}")
+        found = f"{error.strerror or error}{place}"
+        _fail(f"{found}. Check the disk's space and permissions.{after} {kept()}")
     except MemoryError:
-        _fail(f"not enough memory. Use a smaller --batch-size, --size or dataset.{after}")
+        _fail(f"not enough memory. Use a smaller --batch-size, --size or dataset.{after} {kept()}")
 
 
 def _fail(message: str) -> None:
     console = Console(stderr=True)
-    text = Text.assemble(("Error: ", "bold red"), message)
+    text = Text.assemble(("Error: ", "bold red"), message.strip())
     console.print(text, soft_wrap=not console.is_terminal)
     raise typer.Exit(1)

@@ -1,12 +1,13 @@
 """What several commands make of their options."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast, get_args
 
 import typer
 
 if TYPE_CHECKING:
     from structconv_cli.data.spec import DataSpec
     from structconv_cli.planning.targets import Targets
+    from structconv_cli.training.hardware import Hardware
 
 
 def parse_targets(
@@ -38,6 +39,25 @@ def parse_data(
     from structconv_cli.data.spec import DataSpec
 
     return DataSpec(source, size, _floats("--mean", mean), _floats("--std", std), val_split, seed)
+
+
+def parse_hardware(device: str, precision: str, channels_last: bool, compiled: bool) -> "Hardware":
+    """Where and how to train.
+
+    Raises:
+        typer.BadParameter: a name is not known.
+    """
+    import torch
+
+    from structconv_cli.training.hardware import Hardware, Precision
+
+    if device not in ("auto", "cpu", "cuda"):
+        raise typer.BadParameter(f"--train-device is auto, cpu or cuda; found {device!r}.")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if precision not in get_args(Precision):
+        raise typer.BadParameter(f"--precision is fp32 or bf16; found {precision!r}.")
+    return Hardware(device, cast(Precision, precision), channels_last, compiled)
 
 
 def _floats(option: str, text: str) -> tuple[float, ...]:

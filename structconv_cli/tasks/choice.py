@@ -19,9 +19,10 @@ def task_for(source: Dataset | Path, recipe: Recipe, world: World = ALONE) -> Ta
     Raises:
         TaskError: the file cannot be used.
     """
+    share = recipe.batch_size // world.size
     if isinstance(source, Path):
-        return UserTask(source, recipe.batch_size, recipe.seed, world)
-    return image_task(source)(source, recipe.batch_size, recipe.augment, recipe.seed, world)
+        return UserTask(source, share, recipe.seed, world)
+    return image_task(source)(source, share, recipe.augment, recipe.seed, world)
 
 
 def image_task(data: Dataset) -> type[Classification] | type[Segmentation]:

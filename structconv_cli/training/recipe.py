@@ -1,7 +1,8 @@
 """How a model is fine-tuned into its structure: what can be chosen, and the named choices."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Residual = Literal["falling", "proximal", "free"]
 Strength = Literal["fixed", "rising"]
@@ -47,3 +48,19 @@ class Recipe:
     averaging: float = 0.0
     augment: tuple[str, ...] = ()
     seed: int = 0
+
+
+RECIPES: Mapping[str, Mapping[str, Any]] = {
+    "default": {},
+    "paper": {"residual": "free", "distillation": 0.0},
+}
+"""What the named recipes have of their own; `benchmarks/README.md` compares them."""
+_SHARES = {"default": 1 / 3, "paper": 1.0}
+"""Of the epochs, in the regularised phase."""
+
+
+def named_recipe(name: str, epochs: int, **changes: Any) -> Recipe:
+    """One of `RECIPES`, with changes; those that are None are none."""
+    given = {key: value for key, value in changes.items() if value is not None}
+    regularised = given.pop("regularised", epochs * _SHARES[name])
+    return Recipe(epochs, regularised, **{**RECIPES[name], **given})
