@@ -19,9 +19,10 @@ from structconv_cli.onnx.file import load_onnx, set_metadata
 from structconv_cli.onnx.lower import LoweredLayer, Lowering
 from structconv_cli.onnx.probe import Array, dense_kernel, layer_nodes, run, run_fed, session
 from structconv_cli.plan import Plan, read_plan
+from structconv_cli.reference import BATCHES, REAL
 from structconv_cli.run_folder import RunFolder
 from structconv_cli.tasks.outputs import scores_index
-from structconv_cli.verify import BATCHES, REAL, Artifacts
+from structconv_cli.verify import Artifacts
 
 PLAN_KEY = "structconv.plan_sha256"
 

@@ -8,27 +8,18 @@ for proportionally less.
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
-import numpy.typing as npt
-import onnx
-import torch
 from torch import nn
 
 from structconv_cli.conversion import ConvertRequest
-from structconv_cli.data.dataset import Dataset
 from structconv_cli.errors import PlanError
-from structconv_cli.model.checkpoint import Checkpoint
-from structconv_cli.model.inventory import Inventory
-from structconv_cli.model.signature import sized
-from structconv_cli.plan import Plan, read_plan
+from structconv_cli.plan import Plan
 from structconv_cli.planning.check import check_plan
 from structconv_cli.planning.pipeline import training_samples
 from structconv_cli.planning.prediction import Prediction
 from structconv_cli.planning.proposal import Planner
-from structconv_cli.planning.rule import rule_plan
+from structconv_cli.preparation import Prepared
 from structconv_cli.progress import Observer
-from structconv_cli.tasks.task import Task
 from structconv_cli.training.finetune import finetune
 from structconv_cli.training.record import FineTuneResult
 from structconv_cli.unfinished import Tried, Unfinished
@@ -37,36 +28,6 @@ from structconv_cli.world import World
 MOST_ATTEMPTS = 4
 _BACK_OFF = 0.8
 """Aim below the loss that would do in proportion: small losses are recovered less completely."""
-
-
-@dataclass(frozen=True, eq=False)
-class Prepared:
-    """What a conversion starts from, loaded and checked.
-
-    Attributes:
-        checkpoint: the user's weights.
-        model: with these weights, in eval mode.
-        data: to tune and judge on; None where the task file loads it.
-        task: what the model is tuned for and judged by.
-        real: the model's inputs, one tensor each, for some validation examples.
-        inventory: the model's layers.
-        given: the plan of a file or of the rule; None if one is to be made for targets.
-        original: the model as an ONNX graph.
-    """
-
-    checkpoint: Checkpoint
-    model: nn.Module
-    data: Dataset | None
-    task: Task
-    real: tuple[torch.Tensor, ...]
-    inventory: Inventory
-    given: Plan | None
-    original: onnx.ModelProto
-
-    def feeds(self, batch: int) -> dict[str, npt.NDArray[Any]]:
-        """A batch of the model's inputs by name, to time it with."""
-        inputs = zip(self.inventory.inputs, sized(self.real, batch), strict=True)
-        return {name: tensor.numpy() for name, tensor in inputs}
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,17 +55,6 @@ def make_planner(request: ConvertRequest, ready: Prepared, observer: Observer) -
     samples = training_samples(ready.task, ready.original, request.images)
     feeds = ready.feeds(settings.target.batch_size)
     return Planner(ready.original, feeds, samples, settings, ready.inventory.refused, observer)
-
-
-def given_plan(request: ConvertRequest, inventory: Inventory) -> Plan:
-    """The plan of the file, or that of the rule.
-
-    Raises:
-        PlanError: the file's plan does not fit the model; no layer is eligible.
-    """
-    if request.plan_file:
-        return check_plan(read_plan(request.plan_file), inventory.axes, inventory.refused)
-    return rule_plan(inventory, request.n, request.channels)
 
 
 def attempt(

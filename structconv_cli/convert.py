@@ -17,15 +17,13 @@ from structconv_cli.artifacts import (
     scores_of,
     stamp,
 )
-from structconv_cli.attempts import Prepared, attempt, given_plan, make_planner
+from structconv_cli.attempts import attempt, make_planner
 from structconv_cli.conversion import ConvertRequest, ConvertResult, layer_outcomes
 from structconv_cli.cost import Cost
 from structconv_cli.data.dataset import Dataset, load_dataset
-from structconv_cli.errors import PlanError, StructconvError
+from structconv_cli.errors import StructconvError
 from structconv_cli.json_file import write_json
-from structconv_cli.model.architecture import build_model
-from structconv_cli.model.checkpoint import Checkpoint, load_checkpoint, load_into, save_like
-from structconv_cli.model.inventory import first_channels, take_inventory
+from structconv_cli.model.checkpoint import Checkpoint, save_like
 from structconv_cli.model.signature import sized
 from structconv_cli.onnx.export import export_onnx
 from structconv_cli.onnx.file import load_onnx, save_onnx
@@ -34,25 +32,20 @@ from structconv_cli.plan import Plan
 from structconv_cli.planning.judgement import judge
 from structconv_cli.planning.pipeline import PlanFiles, check_plan_destination, write_proposal
 from structconv_cli.planning.proposal import Proposal
+from structconv_cli.preparation import TRACE_BATCH, Prepared, prepare
 from structconv_cli.progress import SILENT, Observer
+from structconv_cli.reference import record_reference
 from structconv_cli.report.curve import draw_curve
 from structconv_cli.rewrite import rewrite
 from structconv_cli.run_folder import FORMAT, RunFolder, RunInfo, check_destination, new_run_folder
-from structconv_cli.tasks.choice import image_task, task_for, task_name
+from structconv_cli.tasks.choice import image_task, task_name
 from structconv_cli.tasks.classification import Classification
 from structconv_cli.tasks.task import Task
 from structconv_cli.training.record import FineTuneResult
 from structconv_cli.unfinished import open_unfinished
-from structconv_cli.verify import (
-    REAL_EXAMPLES,
-    Artifacts,
-    VerifyResult,
-    record_reference,
-    verify,
-)
-from structconv_cli.world import ALONE, World, check_batch_size, joined
+from structconv_cli.verify import Artifacts, VerifyResult, verify
+from structconv_cli.world import ALONE, check_batch_size, joined
 
-_TRACE_BATCH = 2
 _OUTPUTS_ONLY = (
     "on the real inputs that the run folder keeps (verifying does not run the task file, so the "
     "metric is not computed again)"
@@ -81,7 +74,7 @@ def convert(
     request.hardware.check()
     with joined(request.hardware.device) as world:
         check_batch_size(request.recipe.batch_size, world)
-        ready = _prepare(request, world, observer)
+        ready = prepare(request, world, observer)
         world.wait()
         found = attempt(request, ready, unfinished, world, observer)
     if not world.first:
@@ -139,7 +132,7 @@ def dry_run(request: ConvertRequest, out: Path, observer: Observer = SILENT) -> 
     """
     files = PlanFiles(out)
     check_plan_destination(files, force=request.force)
-    ready = _prepare(request, ALONE, observer)
+    ready = prepare(request, ALONE, observer)
     planner = make_planner(request, ready, observer)
     if ready.given is None:
         proposal = planner.propose(request.targets)
@@ -188,58 +181,6 @@ def _comparison(
     return lambda: compare_models(*models, batches, data.ignore_label)
 
 
-def _prepare(request: ConvertRequest, world: World, observer: Observer) -> Prepared:
-    """Load and check all that a conversion starts from, before the long work."""
-    with observer.stage("checkpoint"):
-        checkpoint, model = _load_model(request)
-    with observer.stage("data"):
-        data, task = _load_task(request, model, world, observer)
-        real = task.examples(REAL_EXAMPLES)
-        _check_drop(request, task)
-    with observer.stage("export of the original"):
-        example = sized(real, _TRACE_BATCH)
-        inventory = take_inventory(model, *example)
-        task.check(model)
-        given = given_plan(request, inventory) if request.targets.is_empty else None
-        original = export_onnx(model, *example)
-    return Prepared(checkpoint, model, data, task, real, inventory, given, original)
-
-
-def _load_model(request: ConvertRequest) -> tuple[Checkpoint, nn.Module]:
-    checkpoint = load_checkpoint(request.checkpoint)
-    model = build_model(request.architecture)
-    load_into(model, checkpoint)
-    return checkpoint, model.float().eval()
-
-
-def _load_task(
-    request: ConvertRequest, model: nn.Module, world: World, observer: Observer
-) -> tuple[Dataset | None, Task]:
-    channels = first_channels(model)
-    if channels is None:
-        raise PlanError(
-            f"the model that {request.architecture.reference} builds has no convolution, so there "
-            "is nothing to structure. structconv is for convolutional networks."
-        )
-    if request.task is not None:
-        return None, task_for(request.task, request.recipe, world)
-    assert request.data is not None
-    data = load_dataset(request.data, channels=channels, progress=observer.steps)
-    if len(data.train) < 2:
-        raise StructconvError("the training part has a single image; expected at least 2.")
-    observer.note(f"{len(data.train)} training and {len(data.val)} validation images")
-    return data, task_for(data, request.recipe, world)
-
-
-def _check_drop(request: ConvertRequest, task: Task) -> None:
-    if request.targets.max_drop is not None and not isinstance(task, Classification):
-        raise PlanError(
-            f"--max-drop is about points of accuracy, which are predicted from images with one "
-            f"label each; the task here is judged by {task.metric.name}. Give another target, such "
-            "as --target-speedup."
-        )
-
-
 def _write_models(
     folder: RunFolder, ready: Prepared, tuned: nn.Module, plan: Plan
 ) -> onnx.ModelProto:
@@ -250,7 +191,7 @@ def _write_models(
     save_like(checkpoint, dense, _dense_file(folder, checkpoint))
     rewritten = rewrite(tuned, plan.structures)
     save_tensors(rewritten.state_dict(), folder.structured_weights, plan)
-    dense_graph = export_onnx(tuned, *sized(ready.real, _TRACE_BATCH))
+    dense_graph = export_onnx(tuned, *sized(ready.real, TRACE_BATCH))
     save_onnx(dense_graph, folder.dense_onnx)
     save_tensors(record_reference(tuned, ready.inventory, ready.real), folder.reference, plan)
     return dense_graph

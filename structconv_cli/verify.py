@@ -9,7 +9,7 @@ No code of the user's is run: the layers are rebuilt from their description, and
 for the whole model were recorded by `convert`.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -18,7 +18,6 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import torch
-from torch import nn
 
 from structconv_cli.approximation import Approximation
 from structconv_cli.errors import OnnxError, StructconvError
@@ -31,21 +30,17 @@ from structconv_cli.exactness import (
     random_input,
 )
 from structconv_cli.graph_check import LoweredGraph, check_graph
-from structconv_cli.model.eval_mode import eval_mode
 from structconv_cli.model.inventory import Inventory
-from structconv_cli.model.signature import floating, sized, tensors_of
+from structconv_cli.model.signature import floating
 from structconv_cli.onnx.channels import Carried
 from structconv_cli.onnx.probe import layer_nodes, run_exposed, run_fed, session
 from structconv_cli.plan import Plan
 from structconv_cli.progress import SILENT, Observer
+from structconv_cli.reference import BATCHES, REAL
 from structconv_cli.structure import Structure
 from structconv_cli.tolerance import magnitude, model_tolerance
 
-BATCHES = {"batch 1": 1, "batch 2 (traced)": 2, "batch 5": 5}
-"""Random inputs of the whole model; the export is traced with a batch of 2."""
-REAL = "real inputs"
 KEPT = "kept weights"
-REAL_EXAMPLES = 8
 _LAYER_EXAMPLES = 2
 
 
@@ -108,46 +103,6 @@ class VerifyResult:
     def failures(self) -> tuple[Check, ...]:
         """The checks that failed."""
         return tuple(check for check in (*self.layers, *self.model) if not check.passed)
-
-
-@torch.no_grad()
-def record_reference(
-    model: nn.Module, inventory: Inventory, real: Sequence[torch.Tensor], seed: int = 0
-) -> dict[str, torch.Tensor]:
-    """Run the dense structured model in PyTorch on random and real inputs, and keep both sides.
-
-    Args:
-        model: the projected model, in float32.
-        inventory: names and shapes.
-        real: prepared inputs of the data; the first rows are used. What is not floating-point
-            (class numbers, say) is taken from them in the random inputs too.
-
-    Returns:
-        Every input and output as `SET.TENSOR`, a batch each.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    sets = {REAL: tuple(tensor[:REAL_EXAMPLES] for tensor in real)}
-    for name, size in BATCHES.items():
-        sets[name] = tuple(
-            torch.randn(size, *tensor.shape[1:], generator=generator, dtype=tensor.dtype)
-            if tensor.is_floating_point()
-            else tensor
-            for tensor in sized(real, size)
-        )
-    record: dict[str, torch.Tensor] = {}
-    with eval_mode(model):
-        for name, inputs in sets.items():
-            outputs = tensors_of(model(*inputs))
-            record |= _kept(name, inventory.inputs, inputs)
-            record |= _kept(name, inventory.outputs, outputs)
-    return record
-
-
-def _kept(
-    name: str, names: Iterable[str], tensors: Iterable[torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    pairs = zip(names, tensors, strict=True)
-    return {f"{name}.{tensor_name}": tensor.contiguous() for tensor_name, tensor in pairs}
 
 
 def verify(
