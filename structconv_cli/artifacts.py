@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from structconv_cli import __version__
-from structconv_cli.errors import RunFolderError
+from structconv_cli.errors import OnnxError, RunFolderError
 from structconv_cli.json_file import read_json
 from structconv_cli.model.checkpoint import load_checkpoint
 from structconv_cli.model.inventory import Inventory
@@ -106,10 +106,16 @@ def outputs_of(model: onnx.ModelProto, artifacts: Artifacts) -> dict[str, Array]
     """What an ONNX model puts out, by name, for the real inputs that a run keeps.
 
     Raises:
-        OnnxError: it does not run on them.
+        OnnxError: it does not run on them, or has other inputs or outputs.
     """
+    if _ends(model) != _ends(artifacts.dense_onnx):
+        raise OnnxError("the models' inputs or outputs differ, so they cannot be compared.")
     found = run_fed(session(model), artifacts.inputs(REAL))
     return dict(zip((value.name for value in model.graph.output), found, strict=True))
+
+
+def _ends(model: onnx.ModelProto) -> list[str]:
+    return [value.name for value in (*model.graph.input, *model.graph.output)]
 
 
 def _check_complete(folder: RunFolder, artifacts: Artifacts) -> None:
@@ -145,14 +151,14 @@ def _check_complete(folder: RunFolder, artifacts: Artifacts) -> None:
 
 def _check_reference(folder: RunFolder, artifacts: Artifacts) -> None:
     inventory = artifacts.inventory
-    for graph in (artifacts.dense_onnx.graph, artifacts.structured_onnx.graph):
-        ends = [value.name for value in (*graph.input, *graph.output)]
-        if ends != [*inventory.inputs, *inventory.outputs]:
-            raise RunFolderError(
-                f"the ONNX files in {folder.path} have the inputs and outputs {', '.join(ends)}; "
-                f"{folder.inventory} says {', '.join((*inventory.inputs, *inventory.outputs))}. "
-                "Run `structconv convert` again."
-            )
+    # Those of the structured model are compared with the dense one's by `verify`.
+    ends = _ends(artifacts.dense_onnx)
+    if ends != [*inventory.inputs, *inventory.outputs]:
+        raise RunFolderError(
+            f"{folder.dense_onnx} has the inputs and outputs {', '.join(ends)}; {folder.inventory} "
+            f"says {', '.join((*inventory.inputs, *inventory.outputs))}. Run `structconv convert` "
+            "again."
+        )
     for name in (*BATCHES, REAL):
         rows = set()
         for tensor_name, kind in (inventory.inputs | inventory.outputs).items():
