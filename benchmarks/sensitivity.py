@@ -35,14 +35,14 @@ from structconv_cli.data.split import Split
 from structconv_cli.model.checkpoint import load_checkpoint, load_into
 from structconv_cli.model.eval_mode import eval_mode
 from structconv_cli.onnx.export import export_onnx
-from structconv_cli.planning.activations import second_moments
-from structconv_cli.planning.least_squares import DenseLayer
-from structconv_cli.planning.samples import Samples
 from structconv_cli.planning.sensitivity import (
     PredictedLoss,
     SensitivitySettings,
     predict_losses,
 )
+from structconv_cli.reconstruction.activations import second_moments
+from structconv_cli.reconstruction.least_squares import DenseLayer
+from structconv_cli.reconstruction.samples import Samples
 from structconv_cli.rewrite import project_weights
 from structconv_cli.structure import Structure
 from structconv_cli.tasks.classification import Classification

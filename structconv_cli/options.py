@@ -18,7 +18,8 @@ Data = Annotated[
     typer.Option(
         rich_help_panel="Data",
         help="`digits` (the bundled sample), a folder of class folders of images (or of train/ "
-        "and val/ with these), or an .npz of x and y. Not with --task.",
+        "and val/ with these), a folder of images/ and masks/, an .npz of x and y, or hf:NAME, a "
+        "Hugging Face dataset or a folder of one. Not with --task.",
     ),
 ]
 Task = Annotated[
@@ -170,7 +171,8 @@ Augment = Annotated[
     str,
     typer.Option(
         rich_help_panel="Data",
-        help="Random changes to training images: crop, flip, crop,flip or none.",
+        help="Random changes to training images, such as crop,flip, or none. Known: crop, flip, "
+        "resized-crop, vflip, rotate, color, erase.",
     ),
 ]
 Size = Annotated[
@@ -185,6 +187,20 @@ ValSplit = Annotated[
     float | None,
     typer.Option(
         rich_help_panel="Data", help="Fraction to validate on, if the data has no such part."
+    ),
+]
+IgnoreLabel = Annotated[
+    int,
+    typer.Option(
+        rich_help_panel="Data", min=0, help="Mask pixels of this value are not learned or judged."
+    ),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        rich_help_panel="Data",
+        min=0,
+        help="Processes that decode images that do not fit in memory. By default by the cores.",
     ),
 ]
 Seed = Annotated[

@@ -12,8 +12,8 @@ from onnx import helper, numpy_helper
 from torch.nn import functional
 
 from structconv_cli.errors import OnnxError
-from structconv_cli.planning import activations
-from structconv_cli.planning.activations import second_moments
+from structconv_cli.reconstruction import activations
+from structconv_cli.reconstruction.activations import second_moments
 
 
 @dataclass(frozen=True)

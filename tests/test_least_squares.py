@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from structconv_cli.errors import StructureError
-from structconv_cli.planning import least_squares
-from structconv_cli.planning.activations import Moments
-from structconv_cli.planning.least_squares import DenseLayer, fit
+from structconv_cli.reconstruction import subspace
+from structconv_cli.reconstruction.activations import Moments
+from structconv_cli.reconstruction.least_squares import DenseLayer, fit
 from structconv_cli.structure import Structure
 
 TABLE = [
@@ -63,8 +63,8 @@ def outputs(weight: torch.Tensor, bias: torch.Tensor, patches: np.ndarray) -> np
 
 @pytest.fixture
 def no_ridge(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(least_squares, "_MOST_SHRINKAGE", 1e-14)
-    monkeypatch.setattr(least_squares, "_LEAST_RIDGE", 1e-14)
+    monkeypatch.setattr(subspace, "_MOST_SHRINKAGE", 1e-14)
+    monkeypatch.setattr(subspace, "_LEAST_RIDGE", 1e-14)
 
 
 @pytest.mark.parametrize(("dense", "reduced"), TABLE)
@@ -176,7 +176,7 @@ def test_few_samples_are_not_learnt_by_heart(monkeypatch: pytest.MonkeyPatch) ->
 
     shrunk = missed(seen)
     assert shrunk < missed(None)
-    monkeypatch.setattr(least_squares, "_MOST_SHRINKAGE", 1e-14)
+    monkeypatch.setattr(subspace, "_MOST_SHRINKAGE", 1e-14)
     # So few patches decide a 30-dimensional fit nearly exactly: most that they teach is chance.
     assert shrunk < 0.5 * missed(seen)
 
@@ -214,8 +214,8 @@ def test_dead_inputs_and_dead_filters_stay_finite(rescale: bool) -> None:
 
 
 def test_a_singular_system_is_solved(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(least_squares, "_MOST_SHRINKAGE", 0.0)
-    monkeypatch.setattr(least_squares, "_LEAST_RIDGE", 0.0)
+    monkeypatch.setattr(subspace, "_MOST_SHRINKAGE", 0.0)
+    monkeypatch.setattr(subspace, "_LEAST_RIDGE", 0.0)
     structure = Structure((8,), (6,))
     weight, bias = layer((8,), 3)
     patches = patches_of(3, 8, 0)

@@ -15,13 +15,13 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from structconv_cli.planning.loss_cache import FORMAT, Question, cached_losses
-from structconv_cli.planning.samples import Samples
 from structconv_cli.planning.sensitivity import (
     PredictedLoss,
     Predictions,
     SensitivitySettings,
     predict_losses,
 )
+from structconv_cli.reconstruction.samples import Samples
 from structconv_cli.structure import Structure
 
 HALF, WINDOW = Structure((4, 3, 3), (4, 2, 2)), Structure((4, 3, 3), (3, 3, 3))

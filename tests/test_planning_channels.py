@@ -21,8 +21,8 @@ from structconv_cli.planning.channel_choice import (
     select_channels,
 )
 from structconv_cli.planning.network import Network
-from structconv_cli.planning.samples import Samples
 from structconv_cli.planning.structures import choose_channels
+from structconv_cli.reconstruction.samples import Samples
 from structconv_cli.structure import Structure
 
 seeds = st.integers(0, 10**6)

@@ -1,6 +1,7 @@
 """Segmentation: mIoU against counting by hand, ignored pixels, and a model all the way."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
 
@@ -164,7 +166,7 @@ def test_a_class_that_the_model_does_not_have_is_told() -> None:
     masks = torch.from_numpy(arrays()[1])
     masks[0, 3, 3] = 7
     task = Segmentation(dataset(masks))
-    with pytest.raises(DataError, match=r"class 7, but the model has 3 classes"):
+    with pytest.raises(DataError, match="largest label is 7, but the model has 3 outputs"):
         task.check(model())
     with pytest.raises(DataError, match="class 7"):
         task.evaluate(lambda batch: task.forward(model(), batch))
@@ -189,11 +191,28 @@ def test_data_says_the_task_and_the_model_must_fit_it() -> None:
         classification.check(model())
 
 
-def test_a_model_with_a_dict_of_outputs_goes_the_whole_way(tmp_path: Path) -> None:
+def archive(folder: Path) -> list[object]:
+    x, y = arrays()
+    np.savez(folder / "data.npz", x=x, y=y)
+    return [folder / "data.npz", "--val-split", 0.25]
+
+
+def folders(folder: Path) -> list[object]:
+    x, y = arrays()
+    for index, (image, mask) in enumerate(zip(x, y, strict=True)):
+        root = folder / "data" / ("train" if index < 30 else "val")
+        for kind, pixels in (("images", image.transpose(1, 2, 0)), ("masks", mask)):
+            (root / kind).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(root / kind / f"{index}.png")
+    return [folder / "data"]
+
+
+@pytest.mark.parametrize("data", [archive, folders])
+def test_a_model_with_a_dict_of_outputs_goes_the_whole_way(
+    data: Callable[[Path], list[object]], tmp_path: Path
+) -> None:
     (tmp_path / "net.py").write_text(MODEL)
     torch.save(model().state_dict(), tmp_path / "net.pt")
-    x, y = arrays()
-    np.savez(tmp_path / "data.npz", x=x, y=y)
 
     def run(*words: object) -> str:
         done = CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(word) for word in words])
@@ -203,7 +222,7 @@ def test_a_model_with_a_dict_of_outputs_goes_the_whole_way(tmp_path: Path) -> No
     out = tmp_path / "run"
     told = run(
         *("convert", tmp_path / "net.pt", "--arch", f"{tmp_path}/net.py:build", "--out", out),
-        *("--data", tmp_path / "data.npz", "--val-split", 0.25, "--epochs", 3),
+        *("--data", *data(tmp_path), "--epochs", 3),
         *("--batch-size", 6, "--forms", "split", "--lr", 0.05, "--augment", "none"),
     )
     assert "MIoU (%) by stage, 10 examples" in told

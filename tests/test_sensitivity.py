@@ -15,18 +15,18 @@ from scipy.special import log_softmax
 
 from structconv_cli.errors import PlanError, StructconvError
 from structconv_cli.planning import sensitivity
-from structconv_cli.planning.activations import second_moments
 from structconv_cli.planning.allotment import allot, interpolate, spread
 from structconv_cli.planning.divergence import Original
 from structconv_cli.planning.evaluation import Run
-from structconv_cli.planning.least_squares import fit
-from structconv_cli.planning.samples import Samples
 from structconv_cli.planning.sensitivity import (
     PredictedLoss,
     SensitivitySettings,
     predict_losses,
 )
 from structconv_cli.progress import Observer
+from structconv_cli.reconstruction.activations import second_moments
+from structconv_cli.reconstruction.least_squares import fit
+from structconv_cli.reconstruction.samples import Samples
 from structconv_cli.structure import Structure
 
 CONV, FREE, HEAD = "body.conv", "body.free", "head"
@@ -358,7 +358,7 @@ def test_labels_for_a_model_that_does_not_classify_are_told() -> None:
 def test_layers_and_structures_that_are_not_the_graphs_are_told() -> None:
     with pytest.raises(PlanError, match=r"no Conv, Gemm or MatMul node with the weight gone\."):
         predict_losses(network(), {"gone": STRUCTURES}, labelled())
-    with pytest.raises(PlanError, match=r"candidate of layer stem is for the sizes \(4, 3, 3\)"):
+    with pytest.raises(PlanError, match=r"structure of layer stem is for the sizes \(4, 3, 3\)"):
         predict_losses(network(), {"stem": STRUCTURES}, labelled())
     model = network()
     value = helper.make_tensor_value_info(f"{CONV}.weight", onnx.TensorProto.FLOAT, [4, *DENSE])

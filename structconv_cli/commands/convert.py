@@ -10,7 +10,12 @@ from rich.console import Console
 
 from structconv_cli import options
 from structconv_cli.commands.failures import CHECK_FAILED, failures
-from structconv_cli.commands.parsed import parse_data, parse_hardware, parse_targets
+from structconv_cli.commands.parsed import (
+    parse_augmentation,
+    parse_data,
+    parse_hardware,
+    parse_targets,
+)
 
 if TYPE_CHECKING:
     from structconv_cli.conversion import ConvertRequest
@@ -50,6 +55,8 @@ def convert(
     mean: options.Mean = "",
     std: options.Std = "",
     val_split: options.ValSplit = None,
+    ignore_label: options.IgnoreLabel = 255,
+    workers: options.Workers = None,
     seed: options.Seed = 0,
     train_device: options.TrainDevice = "auto",
     precision: options.TrainPrecision = "fp32",
@@ -92,7 +99,9 @@ def convert(
         request = ConvertRequest(
             checkpoint=checkpoint,
             architecture=Architecture(arch, parse_arguments(arch_arg or [])),
-            data=None if data is None else parse_data(data, size, mean, std, val_split, seed),
+            data=None
+            if data is None
+            else parse_data(data, size, mean, std, val_split, seed, ignore_label, workers),
             task=task,
             recipe=named_recipe(
                 recipe,
@@ -103,7 +112,7 @@ def convert(
                 learning_rate=lr,
                 sr_lambda=sr_lambda,
                 distillation=distill,
-                augment=_augmentation(augment),
+                augment=parse_augmentation(augment),
                 seed=seed,
             ),
             n=n,
@@ -179,11 +188,3 @@ def _kept(out: Path) -> str:
         f"What was tuned so far is kept in {partial}: the same command with --resume goes on from "
         "there."
     )
-
-
-def _augmentation(text: str) -> tuple[str, ...]:
-    kinds = tuple(kind for kind in text.split(",") if kind and kind != "none")
-    unknown = [kind for kind in kinds if kind not in ("crop", "flip")]
-    if unknown:
-        raise typer.BadParameter(f"--augment knows crop, flip and none; found {unknown[0]}.")
-    return kinds

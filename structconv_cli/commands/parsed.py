@@ -29,7 +29,14 @@ def parse_targets(
 
 
 def parse_data(
-    source: str, size: int | None, mean: str, std: str, val_split: float | None, seed: int
+    source: str,
+    size: int | None,
+    mean: str,
+    std: str,
+    val_split: float | None,
+    seed: int,
+    ignore_label: int = 255,
+    workers: int | None = None,
 ) -> "DataSpec":
     """What data to load, and how.
 
@@ -38,7 +45,24 @@ def parse_data(
     """
     from structconv_cli.data.spec import DataSpec
 
-    return DataSpec(source, size, _floats("--mean", mean), _floats("--std", std), val_split, seed)
+    means, stds = _floats("--mean", mean), _floats("--std", std)
+    return DataSpec(source, size, means, stds, val_split, seed, ignore_label, workers)
+
+
+def parse_augmentation(text: str) -> tuple[str, ...]:
+    """The kinds of random changes to training images; none for "none".
+
+    Raises:
+        typer.BadParameter: one is unknown.
+    """
+    from structconv_cli.data.augmentation import AUGMENTATIONS
+
+    kinds = tuple(kind for kind in text.split(",") if kind and kind != "none")
+    if unknown := [kind for kind in kinds if kind not in AUGMENTATIONS]:
+        raise typer.BadParameter(
+            f"--augment knows {', '.join(AUGMENTATIONS)} and none; found {unknown[0]}."
+        )
+    return kinds
 
 
 def parse_hardware(device: str, precision: str, channels_last: bool, compiled: bool) -> "Hardware":

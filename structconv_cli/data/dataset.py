@@ -1,10 +1,13 @@
-"""The data for fine-tuning and evaluation: read once into memory, normalised batch by batch.
+"""The data for fine-tuning and evaluation, augmented and normalised batch by batch.
 
-Three sources: the bundled sample `digits`, a folder of images in class sub-folders, and a NumPy
-`.npz` archive. Images stay uint8 where the source is, and labels are class indices.
+The sources: the bundled sample `digits`, a folder of images in class sub-folders or with masks, a
+NumPy `.npz` archive, and Hugging Face datasets. Images stay uint8 where the source is; they are
+held in memory where they fit comfortably, else decoded by worker processes.
 """
 
+import os
 from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from structconv_cli.data.augmentation import augment_batch
 from structconv_cli.data.digits_sample import load_digits
+from structconv_cli.data.hub_dataset import load_hub
 from structconv_cli.data.image_folder import load_folder
+from structconv_cli.data.loader import EpochBatches, iterate, worker_count
+from structconv_cli.data.mask_folder import has_masks, load_mask_folder
 from structconv_cli.data.npz_archive import load_npz
 from structconv_cli.data.order import Shuffle, batch_indices
-from structconv_cli.data.spec import DataSpec, check_spec
+from structconv_cli.data.spec import HUB_PREFIX, DataSpec, check_spec
 from structconv_cli.data.split import Parts, Split
 from structconv_cli.errors import DataError
+
+_SCANNED = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,18 +86,15 @@ class Dataset:
         Raises:
             ValueError: `batch_size`, `rank` or `world` is out of range, or `augment` comes without
                 `shuffle`, or has an unknown name.
-            DataError: an image that is not held in memory cannot be decoded.
+            DataError: an image that is not held in memory cannot be decoded, or a worker ended.
         """
         if augment and shuffle is None:
             raise ValueError("augment is random and needs shuffle")
         chosen = batch_indices(
             len(split), batch_size, shuffle=shuffle, rank=rank, world=world, drop_last=drop_last
         )
-        for step, indices in enumerate(chosen):
-            images, targets = split.fetch(indices)
-            if shuffle is not None:
-                generator = torch.Generator().manual_seed(shuffle.batch_seed(step, rank))
-                images = augment_batch(images, augment, generator)
+        epoch = EpochBatches(split, chosen, shuffle, augment, rank, self.ignore_label)
+        for images, targets in iterate(epoch, worker_count(self.workers, world)):
             yield self.prepare(images), targets
 
 
@@ -101,17 +105,17 @@ def load_dataset(
     progress: Callable[[int, int], None] | None = None,
     need_labels: bool = True,
 ) -> Dataset:
-    """Read a dataset into memory.
+    """Read a dataset, into memory if it takes at most a quarter of what is available.
 
     Args:
         spec: what to load.
         channels: what the model takes. Images of a folder are converted; arrays must match.
-        progress: called with the images decoded so far and in all, for a folder.
+        progress: called with the images read so far and in all, for a folder.
         need_labels: False to take unlabelled images too.
 
     Raises:
-        DataError: the source is missing, empty, malformed, too large for the memory, does not
-            match `channels`, or `spec` does not make sense for it.
+        DataError: the source is missing, empty, malformed, too large an archive for the memory,
+            does not match `channels`, or `spec` does not make sense for it.
     """
     check_spec(spec, channels)
     try:
@@ -135,20 +139,45 @@ def load_dataset(
 
 
 def check_labels(dataset: Dataset, num_outputs: int) -> None:
-    """Check that a classifier with `num_outputs` outputs has one for every label.
+    """Check that a model with `num_outputs` outputs has one for every label.
+
+    Masks that are not held in memory are read for it, once.
 
     Raises:
         DataError: a label is too large.
     """
-    parts = [part.labels for part in (dataset.train, dataset.val) if part.labels is not None]
-    largest = max((int(labels.max()) for labels in parts), default=-1)
+    parts = (dataset.train, dataset.val)
+    largest = max(_largest_label(part, dataset.ignore_label) for part in parts)
     if largest >= num_outputs:
-        raise DataError(
-            f"The data's largest label is {largest} (class {dataset.classes[largest]!r} of "
-            f"{len(dataset.classes)}), but the model has {num_outputs} outputs, for labels 0 to "
-            f"{num_outputs - 1}: use the data that the model was trained for, or a model with at "
-            f"least {largest + 1} outputs."
+        known = largest < len(dataset.classes)
+        name = f" (class {dataset.classes[largest]!r} of {len(dataset.classes)})" if known else ""
+        remedy = (
+            ", or give --ignore-label if that marks pixels without a class"
+            if dataset.train.labels is None
+            else ""
         )
+        raise DataError(
+            f"The data's largest label is {largest}{name}, but the model has {num_outputs} "
+            f"outputs, for labels 0 to {num_outputs - 1}: use the data that the model was trained "
+            f"for, or a model with at least {largest + 1} outputs{remedy}."
+        )
+
+
+def _largest_label(split: Split, ignore_label: int) -> int:
+    """The largest label that is not ignored; -1 for unlabelled images."""
+    targets = split.targets
+    if targets is None:
+        return -1
+
+    def largest(indices: Tensor) -> int:
+        found = targets[indices]
+        if split.labels is None:
+            found = torch.where(found == ignore_label, 0, found)
+        return int(found.max())
+
+    parts = torch.split(torch.arange(len(split)), _SCANNED)
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        return max(pool.map(largest, parts), default=-1)
 
 
 def _read(
@@ -160,13 +189,17 @@ def _read(
     path = Path(spec.source)
     if spec.source == "digits":
         return load_digits(spec, channels)
+    if spec.source.startswith(HUB_PREFIX):
+        return load_hub(spec, channels, progress, need_labels)
+    if path.is_dir() and has_masks(path):
+        return load_mask_folder(spec, path, channels, progress)
     if path.is_dir():
-        return load_folder(spec, path, channels, progress)
+        return load_folder(spec, path, channels, progress, need_labels)
     if path.exists():
         return load_npz(spec, path, channels, need_labels)
     raise DataError(
-        f"The data {path} does not exist: give a folder of images in class sub-folders, an .npz "
-        "file, or digits for the bundled sample."
+        f"The data {path} does not exist: give a folder of images in class sub-folders or with "
+        "masks, an .npz file, hf: and a dataset's name, or digits for the bundled sample."
     )
 
 

@@ -5,6 +5,15 @@ import psutil
 from structconv_cli.errors import DataError
 
 _MEMORY_SHARE = 0.6
+_COMFORTABLE_SHARE = 0.25
+
+
+def fits_memory(need: int) -> bool:
+    """Whether decoded images of `need` bytes are held: they take a quarter of what is available.
+
+    The rest is for the training, for other ranks, which hold their own, and for other programs.
+    """
+    return bool(need <= _COMFORTABLE_SHARE * psutil.virtual_memory().available)
 
 
 def require_memory(need: int, what: str, remedy: str) -> None:

@@ -6,13 +6,16 @@ from pathlib import Path
 
 from structconv_cli.errors import DataError
 
+HUB_PREFIX = "hf:"
+
 
 @dataclass(frozen=True)
 class DataSpec:
     """What to load, as recorded in a run folder: `DataSpec(**json)` restores it.
 
     Attributes:
-        source: "digits", or the path of a folder or an .npz file, which is made absolute.
+        source: "digits", or the path of a folder or an .npz file, which is made absolute; or "hf:"
+            and the name or the path of a Hugging Face dataset.
         size: side in pixels to which images are scaled (shorter side) and centre-cropped; None
             keeps them as they are, and then they must all be of one size.
         mean: per channel, subtracted from values in [0, 1]; empty for 0.
@@ -33,7 +36,11 @@ class DataSpec:
     workers: int | None = None
 
     def __post_init__(self) -> None:
-        if self.source != "digits":
+        if self.source.startswith(HUB_PREFIX):
+            path = _absolute(Path(self.source.removeprefix(HUB_PREFIX)))
+            if path.exists():
+                object.__setattr__(self, "source", f"{HUB_PREFIX}{path}")
+        elif self.source != "digits":
             object.__setattr__(self, "source", str(_absolute(Path(self.source))))
         # JSON has no tuples.
         object.__setattr__(self, "mean", tuple(self.mean))

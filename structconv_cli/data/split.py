@@ -121,6 +121,22 @@ class Parts(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
+def cut(everything: Split, count: int) -> tuple[Split, Split]:
+    """The first `count` examples, and the others; what is held in memory is not copied."""
+    images, targets = everything.images, everything.targets
+    first = Split(_cut(images, 0, count), None if targets is None else _cut(targets, 0, count))
+    end = len(everything)
+    return first, Split(
+        _cut(images, count, end), None if targets is None else _cut(targets, count, end)
+    )
+
+
+def _cut(rows: Rows, start: int, end: int) -> Rows:
+    if isinstance(rows, Tensor):
+        return rows[start:end]
+    return _Chosen(rows, torch.arange(start, end))
+
+
 def split_stratified(
     labels: npt.NDArray[np.int64], fraction: float, seed: int
 ) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:

@@ -24,7 +24,7 @@ import onnx
 from scipy.optimize import linear_sum_assignment
 
 from structconv_cli.onnx.probe import session
-from structconv_cli.planning.samples import Feeds, images_per_run
+from structconv_cli.reconstruction.samples import Feeds, images_per_run
 
 Floats = npt.NDArray[np.float64]
 

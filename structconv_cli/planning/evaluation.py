@@ -11,7 +11,7 @@ import onnxruntime
 from structconv_cli.errors import PlanError
 from structconv_cli.onnx.probe import run_fed, session
 from structconv_cli.planning.divergence import Original, ends_in_softmax
-from structconv_cli.planning.samples import Array, Feeds, Samples, images_per_run
+from structconv_cli.reconstruction.samples import Array, Feeds, Samples, images_per_run
 
 _NUMBERS_RUN = 2**21
 """Numbers in the inputs of one run: inner tensors hold some ten times as many."""

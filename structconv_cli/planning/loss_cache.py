@@ -10,8 +10,8 @@ import onnx
 from pydantic import TypeAdapter, ValidationError
 
 from structconv_cli.json_file import write_json
-from structconv_cli.planning.samples import Samples
 from structconv_cli.planning.sensitivity import PredictedLoss, Predictions, SensitivitySettings
+from structconv_cli.reconstruction.samples import Samples
 from structconv_cli.structure import Structure
 
 FORMAT = 2

@@ -22,9 +22,9 @@ from structconv_cli.plan import read_plan
 from structconv_cli.planning.check import check_plan
 from structconv_cli.planning.judgement import judge
 from structconv_cli.planning.proposal import Planner, Proposal, ProposalSettings
-from structconv_cli.planning.samples import Samples, check_samples
 from structconv_cli.planning.targets import Targets
 from structconv_cli.progress import SILENT, Observer
+from structconv_cli.reconstruction.samples import Samples, check_samples
 from structconv_cli.report.curve import draw_curve
 from structconv_cli.tasks.choice import image_task
 from structconv_cli.tasks.task import Task

@@ -24,7 +24,6 @@ from structconv_cli.planning.loss_cache import cached_losses
 from structconv_cli.planning.network import Feeds, Network
 from structconv_cli.planning.options import ModelOptions, model_options
 from structconv_cli.planning.prediction import CurvePoint, PredictedLayer, Prediction
-from structconv_cli.planning.samples import Samples, check_samples
 from structconv_cli.planning.sensitivity import (
     Predictions,
     SensitivitySettings,
@@ -33,6 +32,7 @@ from structconv_cli.planning.sensitivity import (
 from structconv_cli.planning.structures import choose_channels, situations
 from structconv_cli.planning.targets import Targets
 from structconv_cli.progress import SILENT, Observer
+from structconv_cli.reconstruction.samples import Samples, check_samples
 from structconv_cli.timing.execution_provider import require_provider
 
 REMAINS = 0.1

@@ -23,25 +23,24 @@ import numpy as np
 import onnx
 import torch
 
-from structconv_cli.errors import PlanError
-from structconv_cli.onnx.graph import Graph
 from structconv_cli.onnx.probe import dense_kernel, layer_nodes
-from structconv_cli.planning.activations import (
+from structconv_cli.planning.allotment import allot, interpolate, spread
+from structconv_cli.planning.evaluation import OriginalModel, outputs_on
+from structconv_cli.planning.replacement import ReplaceableLayer
+from structconv_cli.progress import SILENT, Observer
+from structconv_cli.reconstruction.activations import (
     MOST_INPUTS,
     Moments,
     second_moments,
 )
-from structconv_cli.planning.allotment import allot, interpolate, spread
-from structconv_cli.planning.evaluation import OriginalModel, outputs_on
-from structconv_cli.planning.least_squares import DenseLayer, Fit
-from structconv_cli.planning.replacement import ReplaceableLayer
-from structconv_cli.planning.samples import (
+from structconv_cli.reconstruction.layer_check import check_layers
+from structconv_cli.reconstruction.least_squares import DenseLayer, Fit
+from structconv_cli.reconstruction.samples import (
     Samples,
     check_labels,
     check_samples,
     images_per_run,
 )
-from structconv_cli.progress import SILENT, Observer
 from structconv_cli.structure import Structure
 
 How = Literal["measured", "interpolated", "weights"]
@@ -115,7 +114,7 @@ def predict_losses(
         StructureError: a structure is not of its layer's shape.
         OnnxError: ONNX Runtime cannot run the model.
     """
-    _check_layers(model, candidates)
+    check_layers(model, candidates)
     with observer.stage("prediction of losses"):
         if samples is None:
             return _from_weights(model, candidates)
@@ -276,31 +275,3 @@ def _from_weights(
             for structure, residual in residuals.items()
         }
     return found
-
-
-def _check_layers(model: onnx.ModelProto, candidates: Mapping[str, Sequence[Structure]]) -> None:
-    graph = Graph(model)
-    nodes = layer_nodes(model, list(candidates))
-    for layer, structures in candidates.items():
-        if layer not in nodes:
-            raise PlanError(
-                f"the graph has no Conv, Gemm or MatMul node with the weight {layer}.weight. Give "
-                "candidates for layers of this graph only."
-            )
-        for node in nodes[layer]:
-            given = [name for name in node.input[1:3] if name]
-            arrays = [graph.constant(name) for name in given]
-            for name, array in zip(given, arrays, strict=True):
-                if array is None or array.dtype != np.float32:
-                    kind = "computed in the graph" if array is None else str(array.dtype)
-                    raise PlanError(
-                        f"parameter {name} of layer {layer} is {kind}; expected a float32 "
-                        "constant. Keep that layer dense."
-                    )
-        weight, _ = dense_kernel(model, nodes[layer][0])
-        for structure in structures:
-            if structure.dense != weight.shape[1:]:
-                raise PlanError(
-                    f"a candidate of layer {layer} is for the sizes {structure.dense}; the "
-                    f"layer's are {weight.shape[1:]}. Give structures of its own sizes."
-                )

@@ -15,7 +15,7 @@ from structconv_cli.planning.channel_choice import (
 )
 from structconv_cli.planning.latency import Latency, Situation
 from structconv_cli.planning.network import Network, NetworkLayer
-from structconv_cli.planning.samples import Samples
+from structconv_cli.reconstruction.samples import Samples
 from structconv_cli.structure import Structure
 
 _IMAGES = 64

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from structconv_cli.data.dataset import check_labels
 from structconv_cli.errors import DataError, TaskError
 from structconv_cli.model.eval_mode import eval_mode
 from structconv_cli.tasks.confusion import at_size, confusion, mean_iou, pixel_accuracy
@@ -40,7 +41,7 @@ class Segmentation(ImageTask):
 
         Raises:
             TaskError: it does not give scores (B, K, h, w).
-            DataError: the first masks have a class that the model does not have.
+            DataError: a mask has a class that the model does not have.
         """
         with eval_mode(model):
             scores = class_scores(model(*self.examples(2)))
@@ -50,10 +51,7 @@ class Segmentation(ImageTask):
                 "has masks; expected scores (batch, classes, height, width). Give data with class "
                 "folders for classification, or describe the task with --task FILE.py."
             )
-        indices = torch.arange(min(self.most_at_once, len(self.data.train)))
-        masks = self.data.train.fetch(indices)[1]
-        assert masks is not None
-        self._counted(masks, scores.shape[1])
+        check_labels(self.data, scores.shape[1])
 
     def forward(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Scores (B, K, h, w)."""

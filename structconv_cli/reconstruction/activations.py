@@ -1,7 +1,5 @@
 """What a layer reads on data: mean and covariance of the patches behind its outputs.
 
-One output of a convolution is W p + b, where p, of D = C/groups * N_1 * .. * N_d numbers, is the
-patch of its (zero-padded) input that the kernel covers; of a linear layer, p is a row of its input.
 The error that a changed weight makes on data depends on the data through E[p] and E[p p^T] alone.
 
 About max(4096, 3 D) patches decide them well enough: only so many are taken, at random positions
@@ -13,15 +11,14 @@ from dataclasses import dataclass
 from math import prod
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import torch
 
 from structconv_cli.errors import OnnxError
-from structconv_cli.onnx.graph import Graph, attributes
-from structconv_cli.onnx.nodes import ConvAttributes, is_transposed
+from structconv_cli.onnx.graph import Graph
 from structconv_cli.onnx.probe import layer_nodes, run_fed, session
-from structconv_cli.planning.samples import Array, Feeds, images_per_run
+from structconv_cli.reconstruction.patches import Reader, scales_operands
+from structconv_cli.reconstruction.samples import Feeds, images_per_run
 
 MOST_INPUTS = 6144
 """Largest D that has moments: their D^2 numbers, in float64, would take more than 0.3 GB."""
@@ -81,82 +78,33 @@ def second_moments(
     """
     graph = Graph(model)
     readers = {
-        layer: [_Reader.of(graph, node) for node in nodes]
+        layer: [Reader.of(graph, node) for node in nodes]
         for layer, nodes in layer_nodes(model, list(layers)).items()
         if all(_has_moments(graph, node) for node in nodes)
     }
     rng = np.random.default_rng(seed)
     images = len(next(iter(feeds.values())))
-    sums = {layer: _Sums() for layer in readers}
+    sums = {layer: Sums() for layer in readers}
     for values, count in _inputs_of(graph, readers, feeds, threads):
         for layer, nodes in readers.items():
             wanted = max(_LEAST_PATCHES, _PATCHES_PER_INPUT * nodes[0].size)
             share = -(-wanted * count // (images * len(nodes)))
             for reader in nodes:
-                sums[layer].add(reader.patches(values[reader.tensor], share, rng))
+                x = values[reader.tensor]
+                sums[layer].add(reader.patches(x, reader.positions(x, share, rng)))
     return {layer: entry.moments(layer) for layer, entry in sums.items()}
 
 
 def _has_moments(graph: Graph, node: onnx.NodeProto) -> bool:
     shape = graph.shape(node.input[1]) or ()
-    values = attributes(node)
-    plain = values.get("alpha", 1.0) == values.get("beta", 1.0) == 1 and not values.get("transA")
-    if None in shape or len(shape) < 2 or not plain:
+    if None in shape or len(shape) < 2 or scales_operands(node):
         return False
     sizes = [size or 0 for size in shape]
     return prod(sizes[1:] if node.op_type == "Conv" else sizes[:1]) <= MOST_INPUTS
 
 
-@dataclass(frozen=True)
-class _Reader:
-    """A layer's node: the tensor it reads, and how. `kernel` is empty for a linear layer."""
-
-    tensor: str
-    kernel: tuple[int, ...]
-    size: int
-    conv: ConvAttributes | None
-
-    @classmethod
-    def of(cls, graph: Graph, node: onnx.NodeProto) -> "_Reader":
-        shape = [size or 0 for size in graph.shape(node.input[1]) or ()]
-        if node.op_type != "Conv":
-            size = shape[0] if is_transposed(node) else shape[1]
-            return cls(node.input[0], (), size, None)
-        kernel = tuple(shape[2:])
-        return cls(node.input[0], kernel, prod(shape[1:]), ConvAttributes.of(node, kernel))
-
-    def patches(self, x: Array, most: int, rng: np.random.Generator) -> torch.Tensor:
-        """At most `most` patches, at random positions, as (G, n, D) float32."""
-        if self.conv is None:
-            rows = x.reshape(-1, self.size)
-            return torch.from_numpy(rows[_some(len(rows), most, rng)].astype(np.float32))[None]
-        conv = self.conv
-        padded = np.pad(x, [(0, 0), (0, 0), *conv.pads])
-        taps = [d * (n - 1) + 1 for n, d in zip(self.kernel, conv.dilations, strict=True)]
-        outputs = [
-            (size - tap) // stride + 1
-            for size, tap, stride in zip(padded.shape[2:], taps, conv.strides, strict=True)
-        ]
-        sizes = (len(x), *outputs)
-        image, *corners = np.unravel_index(_some(prod(sizes), most, rng), sizes)
-        axes = len(self.kernel)
-        index: list[Array | slice] = [image.reshape(-1, *[1] * axes), slice(None)]
-        for axis, corner in enumerate(corners):
-            steps = conv.dilations[axis] * np.arange(self.kernel[axis])
-            at = corner[:, None] * conv.strides[axis] + steps
-            index.append(at.reshape(-1, *[1] * axis, at.shape[1], *[1] * (axes - axis - 1)))
-        # Indices on both sides of a slice: its axis, the channels, comes last.
-        found = np.moveaxis(padded[tuple(index)], -1, 1)
-        grouped = torch.from_numpy(np.ascontiguousarray(found)).float()
-        return grouped.reshape(len(found), conv.group, -1).transpose(0, 1)
-
-
-def _some(total: int, most: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-    return np.arange(total) if total <= most else rng.choice(total, most, replace=False)
-
-
 def _inputs_of(
-    graph: Graph, readers: Mapping[str, Sequence[_Reader]], feeds: Feeds, threads: int
+    graph: Graph, readers: Mapping[str, Sequence[Reader]], feeds: Feeds, threads: int
 ) -> Iterator[tuple[Feeds, int]]:
     """What all the layers read, for few images at a time, and how many images."""
     tensors = dict.fromkeys(reader.tensor for nodes in readers.values() for reader in nodes)
@@ -184,8 +132,9 @@ def _inputs_of(
             batch = int(np.clip(_EXPOSED // max(held, 1), 1, _MOST_IMAGES))
 
 
-class _Sums:
-    """Sums over patches: float32 products around a shift near the mean, added up in float64."""
+class Sums:
+    """Sums over patches: products around a shift near the mean, in the patches' type, added up in
+    float64."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -193,6 +142,7 @@ class _Sums:
         self.shift = self.first = self.second = torch.zeros(0)
 
     def add(self, patches: torch.Tensor) -> None:
+        """Take in patches (G, n, D)."""
         self.waiting.append(patches)
         if sum(entry.shape[1] for entry in self.waiting) >= _BUFFERED:
             self._multiply()
@@ -212,6 +162,11 @@ class _Sums:
         self.count += patches.shape[1]
 
     def moments(self, layer: str) -> Moments:
+        """The moments of all patches of the layer of this name.
+
+        Raises:
+            OnnxError: they are not finite.
+        """
         if self.waiting:
             self._multiply()
         mean = self.first / self.count
