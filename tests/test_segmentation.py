@@ -157,6 +157,7 @@ def test_processes_together_count_what_one_does(count: int) -> None:
             evaluate(Recording(rank, 2))
         except (DataError, ZeroDivisionError):
             assert count == 1  # the second process has no image of its own
+    assert sum(int(part[0]) for part in sent) == 9
     counts = sum(part[1] for part in sent)
     assert isinstance(counts, torch.Tensor)
     assert mean_iou(counts.view(3, 3)) == pytest.approx(whole.score)  # type: ignore[attr-defined]

@@ -218,7 +218,7 @@ def test_data_options_do_not_go_with_a_task_file(
 def test_epochs_are_the_same_each_time_and_differ_from_one_another(tmp_path: Path) -> None:
     def epoch(task: UserTask, number: int) -> torch.Tensor:
         torch.manual_seed(number)  # as the trainer does
-        return torch.cat([batch["clean"] for batch in task.training(number)])
+        return torch.cat([batch["image"] for batch in task.training(number)])
 
     augmented = TASK.replace(
         'return {"image"', 'import random; image = image * random.random()\n        return {"image"'
