@@ -3,16 +3,20 @@
 This is approximation, not rewriting: it is measured, never verified (see `exactness`).
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from structconv_cli.errors import StructconvError
+from structconv_cli.errors import DataError, StructconvError
+from structconv_cli.tasks.confusion import at_size, confusion, mean_iou
+from structconv_cli.tasks.task import Metric
 
-Model = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
+Array = npt.NDArray[np.float32]
+Model = Callable[[Array], Array]
+"""Images (B, C, H, W) to scores (B, K) or (B, K, H, W)."""
 
 
 @dataclass(frozen=True)
@@ -20,50 +24,131 @@ class Approximation:
     """Structured against original on one split.
 
     Attributes:
-        images: how many were compared.
-        original_accuracy, structured_accuracy: top-1, in percent.
-        agreement: share of images on which both predict the same class, in percent.
-        output_difference: mean over images of ||structured - original|| / ||original||, outputs.
+        examples: how many were compared.
+        output_difference: mean over examples of ||structured - original|| / ||original||, outputs.
+        metric: what the scores are; None where only outputs were compared.
+        original, structured: their scores.
+        agreement: share of images, or of pixels, for which both predict the same class, in percent.
+        note: what was compared, where it is not scores on the validation part.
     """
 
-    images: int
-    original_accuracy: float
-    structured_accuracy: float
-    agreement: float
+    examples: int
     output_difference: float
+    metric: Metric | None = None
+    original: float | None = None
+    structured: float | None = None
+    agreement: float | None = None
+    note: str = ""
 
 
 def compare_models(
     original: Model,
     structured: Model,
     batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    ignore_label: int = 255,
 ) -> Approximation:
-    """Run both models over batches of prepared images (B, C, H, W) and labels (B,).
+    """Run both models over batches of prepared images (B, C, H, W), and labels or masks.
+
+    Labels (B,) make it top-1 accuracy, masks (B, H, W) mIoU.
+
+    Args:
+        original, structured: give scores (B, K), or (B, K, h, w) for masks.
+        batches: images, and class numbers.
+        ignore_label: of mask pixels that are not judged.
 
     Raises:
         StructconvError: the models put out different shapes, or do not run on these images.
     """
-    images = right_original = right_structured = agree = 0
-    difference = 0.0
-    for inputs, labels in batches:
+    tally = _Tally(ignore_label)
+    for inputs, targets in batches:
         before, after = original(inputs.numpy()), structured(inputs.numpy())
         if before.shape != after.shape:
             raise StructconvError(
                 f"the original puts out {before.shape} for a batch, the structured model "
                 f"{after.shape}: they are not the same task."
             )
-        first, second = before.argmax(1), after.argmax(1)
-        truth = labels.numpy()
-        right_original += int((first == truth).sum())
-        right_structured += int((second == truth).sum())
-        agree += int((first == second).sum())
-        norms = np.maximum(np.linalg.norm(before, axis=1), np.finfo(np.float32).tiny)
-        difference += float((np.linalg.norm(after - before, axis=1) / norms).sum())
-        images += len(truth)
+        tally.add(before, after, targets)
+    return tally.result()
+
+
+def compare_outputs(
+    original: Mapping[str, Array], structured: Mapping[str, Array], note: str
+) -> Approximation:
+    """Compare the floating-point outputs (B, ...) of two models for the same inputs, by name."""
+    pairs = [
+        (before, structured[name]) for name, before in original.items() if before.dtype.kind == "f"
+    ]
+    if not pairs:
+        raise StructconvError("the model has no floating-point output to compare.")
     return Approximation(
-        images=images,
-        original_accuracy=100 * right_original / images,
-        structured_accuracy=100 * right_structured / images,
-        agreement=100 * agree / images,
-        output_difference=difference / images,
+        examples=len(pairs[0][0]),
+        output_difference=float(np.mean([_differences(*pair).mean() for pair in pairs])),
+        note=note,
     )
+
+
+@dataclass
+class _Tally:
+    """Sums over batches; of labels, (right by the original, by the structured model)."""
+
+    ignore_label: int
+    examples: int = 0
+    judged: int = 0
+    agree: int = 0
+    difference: float = 0.0
+    masks: bool = False
+    right: list[int] = field(default_factory=lambda: [0, 0])
+    counts: list[torch.Tensor] = field(default_factory=list)
+
+    def add(self, before: Array, after: Array, targets: torch.Tensor) -> None:
+        self.examples += len(targets)
+        self.difference += float(_differences(before, after).sum())
+        self.masks = targets.ndim == 3
+        if self.masks:
+            self._add_masks([before, after], targets)
+            return
+        truth = targets.numpy()
+        first, second = before.argmax(1), after.argmax(1)
+        self.right[0] += int((first == truth).sum())
+        self.right[1] += int((second == truth).sum())
+        self.agree += int((first == second).sum())
+        self.judged += len(truth)
+
+    def _add_masks(self, outputs: Sequence[Array], masks: torch.Tensor) -> None:
+        classes = outputs[0].shape[1]
+        size = tuple(masks.shape[1:])
+        found = [at_size(torch.from_numpy(scores), size).argmax(1) for scores in outputs]
+        judged = masks != self.ignore_label
+        if judged.any() and int(masks[judged].max()) >= classes:
+            raise DataError(
+                f"a mask has the class {int(masks[judged].max())}, but the model {classes} classes."
+            )
+        counts = [confusion(one, masks, classes, self.ignore_label) for one in found]
+        self.counts = (
+            [a + b for a, b in zip(self.counts, counts, strict=True)] if self.counts else counts
+        )
+        self.agree += int(((found[0] == found[1]) & judged).sum())
+        self.judged += int(judged.sum())
+
+    def result(self) -> Approximation:
+        if self.masks:
+            metric, scores = Metric("mIoU", "%"), [mean_iou(counts) for counts in self.counts]
+        else:
+            metric = Metric("top-1 accuracy", "%")
+            scores = [100 * right / self.judged for right in self.right]
+        return Approximation(
+            examples=self.examples,
+            output_difference=self.difference / self.examples,
+            metric=metric,
+            original=scores[0],
+            structured=scores[1],
+            agreement=100 * self.agree / max(self.judged, 1),
+        )
+
+
+def _differences(before: Array, after: Array) -> Array:
+    """||after - before|| / ||before|| of each example."""
+    flat = before.reshape(len(before), -1)
+    norms = np.maximum(np.linalg.norm(flat, axis=1), np.finfo(np.float32).tiny)
+    apart: Array = np.linalg.norm(after.reshape(flat.shape) - flat, axis=1) / norms
+    return apart

@@ -10,16 +10,19 @@ import torch
 from safetensors.torch import load_file, save
 
 from structconv_cli import __version__
-from structconv_cli.errors import RunFolderError
+from structconv_cli.errors import OnnxError, RunFolderError
 from structconv_cli.json_file import read_json
 from structconv_cli.model.checkpoint import load_checkpoint
 from structconv_cli.model.inventory import Inventory
+from structconv_cli.model.signature import TensorKind
 from structconv_cli.onnx.file import load_onnx, set_metadata
 from structconv_cli.onnx.lower import LoweredLayer, Lowering
-from structconv_cli.onnx.probe import Array, dense_kernel, layer_nodes, run, session
+from structconv_cli.onnx.probe import Array, dense_kernel, layer_nodes, run, run_fed, session
 from structconv_cli.plan import Plan, read_plan
+from structconv_cli.reference import BATCHES, REAL
 from structconv_cli.run_folder import RunFolder
-from structconv_cli.verify import BATCHES, REAL, Artifacts
+from structconv_cli.tasks.outputs import scores_index
+from structconv_cli.verify import Artifacts
 
 PLAN_KEY = "structconv.plan_sha256"
 
@@ -92,10 +95,27 @@ def load_artifacts(folder: RunFolder) -> Artifacts:
     return artifacts
 
 
-def run_onnx(model: onnx.ModelProto) -> Callable[[Array], Array]:
-    """An ONNX model of one input and one output, as a function of images (B, C, H, W)."""
+def scores_of(model: onnx.ModelProto) -> Callable[[Array], Array]:
+    """An ONNX model of one image input, as a function of images (B, C, H, W) to class scores."""
     runtime = session(model)
-    return lambda images: run(runtime, images)[0]
+    index = scores_index([value.name for value in model.graph.output])
+    return lambda images: run(runtime, images)[index]
+
+
+def outputs_of(model: onnx.ModelProto, artifacts: Artifacts) -> dict[str, Array]:
+    """What an ONNX model puts out, by name, for the real inputs that a run keeps.
+
+    Raises:
+        OnnxError: it does not run on them, or has other inputs or outputs.
+    """
+    if _ends(model) != _ends(artifacts.dense_onnx):
+        raise OnnxError("the models' inputs or outputs differ, so they cannot be compared.")
+    found = run_fed(session(model), artifacts.inputs(REAL))
+    return dict(zip((value.name for value in model.graph.output), found, strict=True))
+
+
+def _ends(model: onnx.ModelProto) -> list[str]:
+    return [value.name for value in (*model.graph.input, *model.graph.output)]
 
 
 def _check_complete(folder: RunFolder, artifacts: Artifacts) -> None:
@@ -130,18 +150,27 @@ def _check_complete(folder: RunFolder, artifacts: Artifacts) -> None:
 
 
 def _check_reference(folder: RunFolder, artifacts: Artifacts) -> None:
+    inventory = artifacts.inventory
+    # Those of the structured model are compared with the dense one's by `verify`.
+    ends = _ends(artifacts.dense_onnx)
+    if ends != [*inventory.inputs, *inventory.outputs]:
+        raise RunFolderError(
+            f"{folder.dense_onnx} has the inputs and outputs {', '.join(ends)}; {folder.inventory} "
+            f"says {', '.join((*inventory.inputs, *inventory.outputs))}. Run `structconv convert` "
+            "again."
+        )
     for name in (*BATCHES, REAL):
-        images = artifacts.reference.get(f"{name}.input")
-        output = artifacts.reference.get(f"{name}.output")
-        expected = artifacts.inventory.input_shape, (artifacts.inventory.outputs,)
-        if (
-            images is None
-            or output is None
-            or (tuple(images.shape[1:]), tuple(output.shape[1:])) != expected
-            or images.dtype != torch.float32
-            or not 0 < len(images) == len(output)
-        ):
+        rows = set()
+        for tensor_name, kind in (inventory.inputs | inventory.outputs).items():
+            tensor = artifacts.reference.get(f"{name}.{tensor_name}")
+            if tensor is None or TensorKind.of(tensor) != kind:
+                raise RunFolderError(
+                    f"{folder.reference} does not hold {tensor_name} of {name} as {kind.dtype} of "
+                    f"shape {kind.shape}. Run `structconv convert` again."
+                )
+            rows.add(len(tensor))
+        if len(rows) != 1 or 0 in rows:
             raise RunFolderError(
-                f"{folder.reference} does not hold {name} as float32 images of shape {expected[0]} "
-                f"and outputs of shape {expected[1]}. Run `structconv convert` again."
+                f"{folder.reference} does not hold as many inputs as outputs for {name}. Run "
+                "`structconv convert` again."
             )

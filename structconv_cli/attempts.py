@@ -9,24 +9,17 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import onnx
-import torch
 from torch import nn
 
 from structconv_cli.conversion import ConvertRequest
-from structconv_cli.data.dataset import Dataset
 from structconv_cli.errors import PlanError
-from structconv_cli.model.checkpoint import Checkpoint
-from structconv_cli.model.inventory import Inventory
-from structconv_cli.onnx.graph import Graph
-from structconv_cli.plan import Plan, read_plan
+from structconv_cli.plan import Plan
 from structconv_cli.planning.check import check_plan
 from structconv_cli.planning.pipeline import training_samples
 from structconv_cli.planning.prediction import Prediction
 from structconv_cli.planning.proposal import Planner
-from structconv_cli.planning.rule import rule_plan
+from structconv_cli.preparation import Prepared
 from structconv_cli.progress import Observer
-from structconv_cli.tasks.classification import Classification
 from structconv_cli.training.finetune import finetune
 from structconv_cli.training.record import FineTuneResult
 from structconv_cli.unfinished import Tried, Unfinished
@@ -35,29 +28,6 @@ from structconv_cli.world import World
 MOST_ATTEMPTS = 4
 _BACK_OFF = 0.8
 """Aim below the loss that would do in proportion: small losses are recovered less completely."""
-
-
-@dataclass(frozen=True, eq=False)
-class Prepared:
-    """What a conversion starts from, loaded and checked.
-
-    Attributes:
-        checkpoint: the user's weights.
-        model: with these weights, in eval mode.
-        data: to tune and judge on.
-        example: images to trace the model with.
-        inventory: the model's layers.
-        given: the plan of a file or of the rule; None if one is to be made for targets.
-        original: the model as an ONNX graph.
-    """
-
-    checkpoint: Checkpoint
-    model: nn.Module
-    data: Dataset
-    example: torch.Tensor
-    inventory: Inventory
-    given: Plan | None
-    original: onnx.ModelProto
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,24 +51,10 @@ class Attempt:
 
 def make_planner(request: ConvertRequest, ready: Prepared, observer: Observer) -> Planner:
     """Measure and predict what there is to choose from."""
-    name = Graph(ready.original).inputs[0]
-    settings, data = request.proposal, ready.data
-    samples = training_samples(data, name, request.images, settings.sensitivity.seed)
-    batch = settings.target.batch_size
-    images = data.prepare(data.train.first(1)).repeat(batch, 1, 1, 1)
-    feeds = {name: images.numpy()}
+    settings = request.proposal
+    samples = training_samples(ready.task, ready.original, request.images)
+    feeds = ready.feeds(settings.target.batch_size)
     return Planner(ready.original, feeds, samples, settings, ready.inventory.refused, observer)
-
-
-def given_plan(request: ConvertRequest, inventory: Inventory) -> Plan:
-    """The plan of the file, or that of the rule.
-
-    Raises:
-        PlanError: the file's plan does not fit the model; no layer is eligible.
-    """
-    if request.plan_file:
-        return check_plan(read_plan(request.plan_file), inventory.axes, inventory.refused)
-    return rule_plan(inventory, request.n, request.channels)
 
 
 def attempt(
@@ -159,16 +115,13 @@ def _tuned(
     world: World,
     observer: Observer,
 ) -> Attempt:
-    recipe, plan = request.recipe, entry.plan
+    plan = entry.plan
     observer.note(f"{len(plan.structures)} of {len(plan.layers)} layers structured")
-    task = Classification(
-        ready.data, recipe.batch_size // world.size, recipe.augment, recipe.seed, world
-    )
     model, tuning = finetune(
         ready.model,
         plan.structures,
-        task,
-        recipe,
+        ready.task,
+        request.recipe,
         hardware=request.hardware,
         world=world,
         keeper=unfinished,

@@ -13,6 +13,12 @@ def _run(model: nn.Module, batch: Any) -> Any:
     return model(batch)
 
 
+def is_frozen(module: nn.Module) -> bool:
+    """Whether a module has parameters of its own, and none of them is to be trained."""
+    own = list(module.parameters(recurse=False))
+    return bool(own) and not any(parameter.requires_grad for parameter in own)
+
+
 @torch.no_grad()
 def reestimate_batch_norm(
     model: nn.Module,
@@ -21,6 +27,8 @@ def reestimate_batch_norm(
 ) -> int:
     """Replace every batch norm's running mean and variance by those of `batches`, in place.
 
+    A frozen one keeps its own.
+
     Args:
         model: any module; all of it but its batch norms runs in eval mode.
         batches: prepared images (B, C, H, W), B >= 2, or whatever `forward` takes; statistics are
@@ -28,12 +36,14 @@ def reestimate_batch_norm(
         forward: runs the model on a batch.
 
     Returns:
-        The number of batch norms re-estimated (0: the model has none that keep statistics).
+        The number of batch norms re-estimated (0: the model has none to re-estimate).
     """
     norms = [
         module
         for module in model.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        and module.track_running_stats
+        and not is_frozen(module)
     ]
     if not norms:
         return 0

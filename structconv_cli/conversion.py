@@ -26,7 +26,7 @@ class ConvertRequest:
     Attributes:
         checkpoint: the user's checkpoint file.
         architecture: what builds the model that it fits.
-        data: what to tune and judge on.
+        data: what to tune and judge on; None where the task file loads it.
         recipe: how to fine-tune.
         n, channels: the rule for all layers (see `planning.rule`), where there is no plan file.
         plan_file: a plan to obey instead.
@@ -39,12 +39,13 @@ class ConvertRequest:
         resume: whether to go on with an unfinished conversion, if there is one.
         enough: drop, in the metric's unit, at which fine-tuning stops early; None to go on.
         lowering: how the ONNX forms are chosen.
+        task: the user's own task file, which is run; None for the task that the data has.
         command: the command line's words, for the record.
     """
 
     checkpoint: Path
     architecture: Architecture
-    data: DataSpec
+    data: DataSpec | None
     recipe: Recipe
     n: int
     channels: float
@@ -56,6 +57,7 @@ class ConvertRequest:
     proposal: ProposalSettings = field(default_factory=ProposalSettings)
     images: int = 512
     hardware: Hardware = field(default_factory=Hardware)
+    task: Path | None = None
     resume: bool = False
     enough: float | None = None
     command: tuple[str, ...] = ()

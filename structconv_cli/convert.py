@@ -1,6 +1,7 @@
 """The pipeline: checkpoint, data and plan in; a run folder with a verified ONNX model out."""
 
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -8,17 +9,22 @@ import onnx
 from torch import nn
 
 from structconv_cli import __version__
-from structconv_cli.approximation import compare_models
-from structconv_cli.artifacts import load_artifacts, run_onnx, save_tensors, stamp
-from structconv_cli.attempts import Prepared, attempt, given_plan, make_planner
+from structconv_cli.approximation import Approximation, compare_models, compare_outputs
+from structconv_cli.artifacts import (
+    load_artifacts,
+    outputs_of,
+    save_tensors,
+    scores_of,
+    stamp,
+)
+from structconv_cli.attempts import attempt, make_planner
 from structconv_cli.conversion import ConvertRequest, ConvertResult, layer_outcomes
 from structconv_cli.cost import Cost
-from structconv_cli.data.dataset import Dataset, check_labels, load_dataset
-from structconv_cli.errors import PlanError, StructconvError
+from structconv_cli.data.dataset import Dataset, load_dataset
+from structconv_cli.errors import StructconvError
 from structconv_cli.json_file import write_json
-from structconv_cli.model.architecture import build_model
-from structconv_cli.model.checkpoint import Checkpoint, load_checkpoint, load_into, save_like
-from structconv_cli.model.inventory import Inventory, first_channels, take_inventory
+from structconv_cli.model.checkpoint import Checkpoint, save_like
+from structconv_cli.model.signature import sized
 from structconv_cli.onnx.export import export_onnx
 from structconv_cli.onnx.file import load_onnx, save_onnx
 from structconv_cli.onnx.lower import Lowering, lower
@@ -26,17 +32,24 @@ from structconv_cli.plan import Plan
 from structconv_cli.planning.judgement import judge
 from structconv_cli.planning.pipeline import PlanFiles, check_plan_destination, write_proposal
 from structconv_cli.planning.proposal import Proposal
+from structconv_cli.preparation import TRACE_BATCH, Prepared, prepare
 from structconv_cli.progress import SILENT, Observer
+from structconv_cli.reference import record_reference
 from structconv_cli.report.curve import draw_curve
 from structconv_cli.rewrite import rewrite
 from structconv_cli.run_folder import FORMAT, RunFolder, RunInfo, check_destination, new_run_folder
+from structconv_cli.tasks.choice import image_task, task_name
+from structconv_cli.tasks.classification import Classification
+from structconv_cli.tasks.task import Task
 from structconv_cli.training.record import FineTuneResult
 from structconv_cli.unfinished import open_unfinished
-from structconv_cli.verify import VerifyResult, record_reference, verify
-from structconv_cli.world import check_batch_size, joined
+from structconv_cli.verify import Artifacts, VerifyResult, verify
+from structconv_cli.world import ALONE, check_batch_size, joined
 
-_EVALUATION_BATCH = 64
-_TRACE_BATCH = 2
+_OUTPUTS_ONLY = (
+    "on the real inputs that the run folder keeps (verifying does not run the task file, so the "
+    "metric is not computed again)"
+)
 
 
 def convert(
@@ -61,12 +74,12 @@ def convert(
     request.hardware.check()
     with joined(request.hardware.device) as world:
         check_batch_size(request.recipe.batch_size, world)
-        ready = _prepare(request, observer)
+        ready = prepare(request, world, observer)
         world.wait()
         found = attempt(request, ready, unfinished, world, observer)
     if not world.first:
         return None
-    data, inventory, original = ready.data, ready.inventory, ready.original
+    inventory, original = ready.inventory, ready.original
     plan, tuned, tuning = found.plan, found.model, found.tuning
     with new_run_folder(request.out, replaces) as folder:
         with observer.stage("rewrite and export"):
@@ -78,13 +91,12 @@ def convert(
                 draw_curve(found.prediction, folder.curve)
             write_json(inventory, folder.inventory)
             dense_file = _dense_file(folder, ready.checkpoint)
-            folder.write_info(_run_info(request, folder, inventory, plan, dense_file))
+            folder.write_info(_run_info(request, folder, ready.task, plan, dense_file))
         with observer.stage("lowering"):
-            lowering = _lower(folder, dense_graph, plan, data, request, observer)
+            lowering = _lower(folder, dense_graph, plan, ready, request, observer)
         artifacts = load_artifacts(folder)
-        models = run_onnx(original), run_onnx(artifacts.structured_onnx)
-        batches = data.batches(data.val, _EVALUATION_BATCH)
-        verification = verify(artifacts, lambda: compare_models(*models, batches), observer)
+        compare = _comparison(artifacts, original, ready.data)
+        verification = verify(artifacts, compare, observer)
         write_json(verification, folder.verify_result)
         layers = layer_outcomes(inventory, plan, lowering)
         costs = [layer for layer in layers if layer.before and layer.after]
@@ -96,7 +108,11 @@ def convert(
             original_bytes=folder.original_onnx.stat().st_size,
             structured_bytes=folder.structured_onnx.stat().st_size,
             seconds=time.perf_counter() - start,
-            notes=(*data.notes, *found.notes, *_warnings(tuning, len(data.classes))),
+            notes=(
+                *(ready.data.notes if ready.data else ()),
+                *found.notes,
+                *_warnings(ready, tuning),
+            ),
         )
         write_json(result, folder.convert_result)
     unfinished.discard()
@@ -116,7 +132,7 @@ def dry_run(request: ConvertRequest, out: Path, observer: Observer = SILENT) -> 
     """
     files = PlanFiles(out)
     check_plan_destination(files, force=request.force)
-    ready = _prepare(request, observer)
+    ready = prepare(request, ALONE, observer)
     planner = make_planner(request, ready, observer)
     if ready.given is None:
         proposal = planner.propose(request.targets)
@@ -135,70 +151,49 @@ def verify_run(path: Path, observer: Observer = SILENT) -> VerifyResult:
     folder = RunFolder(path)
     info = folder.info()
     artifacts = load_artifacts(folder)
-    channels = artifacts.inventory.input_shape[0]
-    models = run_onnx(load_onnx(folder.original_onnx)), run_onnx(artifacts.structured_onnx)
+    original = load_onnx(folder.original_onnx)
+    compare: Callable[[], Approximation] | str
     try:
         with observer.stage("data"):
-            data = load_dataset(info.data, channels=channels, progress=observer.steps)
+            data = None
+            if info.data is not None:
+                channels = next(iter(artifacts.inventory.inputs.values())).shape[0]
+                data = load_dataset(info.data, channels=channels, progress=observer.steps)
+        compare = _comparison(artifacts, original, data)
     except StructconvError as error:
-        result = verify(artifacts, f"the data could not be loaded: {error}", observer)
-    else:
-        batches = data.batches(data.val, _EVALUATION_BATCH)
-        result = verify(artifacts, lambda: compare_models(*models, batches), observer)
+        compare = f"the data could not be loaded: {error}"
+    result = verify(artifacts, compare, observer)
     write_json(result, folder.verify_result)
     return result
 
 
-def _prepare(request: ConvertRequest, observer: Observer) -> Prepared:
-    """Load and check all that a conversion starts from, before the long work."""
-    with observer.stage("checkpoint"):
-        checkpoint, model = _load_model(request)
-    with observer.stage("data"):
-        data = _load_data(request, model, observer)
-        observer.note(f"{len(data.train)} training and {len(data.val)} validation images")
-    with observer.stage("export of the original"):
-        example = data.prepare(data.train.first(_TRACE_BATCH))
-        inventory = take_inventory(model, example)
-        check_labels(data, inventory.outputs)
-        given = given_plan(request, inventory) if request.targets.is_empty else None
-        original = export_onnx(model, example)
-    return Prepared(checkpoint, model, data, example, inventory, given, original)
-
-
-def _load_model(request: ConvertRequest) -> tuple[Checkpoint, nn.Module]:
-    checkpoint = load_checkpoint(request.checkpoint)
-    model = build_model(request.architecture)
-    load_into(model, checkpoint)
-    return checkpoint, model.float().eval()
-
-
-def _load_data(request: ConvertRequest, model: nn.Module, observer: Observer) -> Dataset:
-    channels = first_channels(model)
-    if channels is None:
-        raise PlanError(
-            f"the model that {request.architecture.reference} builds has no convolution, so there "
-            "is nothing to structure. structconv is for convolutional networks."
+def _comparison(
+    artifacts: Artifacts, original: onnx.ModelProto, data: Dataset | None
+) -> Callable[[], Approximation]:
+    """What measures the structured model against the original."""
+    structured = artifacts.structured_onnx
+    if data is None:
+        return lambda: compare_outputs(
+            outputs_of(original, artifacts), outputs_of(structured, artifacts), _OUTPUTS_ONLY
         )
-    data = load_dataset(request.data, channels=channels, progress=observer.steps)
-    if len(data.train) < _TRACE_BATCH:
-        raise StructconvError("the training part has a single image; expected at least 2.")
-    return data
+    batches = data.batches(data.val, image_task(data).most_at_once // 4)
+    models = scores_of(original), scores_of(structured)
+    return lambda: compare_models(*models, batches, data.ignore_label)
 
 
 def _write_models(
     folder: RunFolder, ready: Prepared, tuned: nn.Module, plan: Plan
 ) -> onnx.ModelProto:
     """Write weights, the dense graph and reference outputs; return the graph."""
-    checkpoint, data, example = ready.checkpoint, ready.data, ready.example
+    checkpoint = ready.checkpoint
     state = tuned.state_dict()
     dense = {name: state[name] for name in checkpoint.tensors}
     save_like(checkpoint, dense, _dense_file(folder, checkpoint))
     rewritten = rewrite(tuned, plan.structures)
     save_tensors(rewritten.state_dict(), folder.structured_weights, plan)
-    dense_graph = export_onnx(tuned, example)
+    dense_graph = export_onnx(tuned, *sized(ready.real, TRACE_BATCH))
     save_onnx(dense_graph, folder.dense_onnx)
-    real = data.prepare(data.val.first(64))
-    save_tensors(record_reference(tuned, tuple(example.shape[1:]), real), folder.reference, plan)
+    save_tensors(record_reference(tuned, ready.inventory, ready.real), folder.reference, plan)
     return dense_graph
 
 
@@ -206,14 +201,12 @@ def _lower(
     folder: RunFolder,
     dense: onnx.ModelProto,
     plan: Plan,
-    data: Dataset,
+    ready: Prepared,
     request: ConvertRequest,
     observer: Observer,
 ) -> Lowering:
     """Write the lowered graph, and how it was lowered."""
-    batch = request.lowering.target.batch_size
-    images = data.prepare(data.val.first(1)).repeat(batch, 1, 1, 1).numpy()
-    how = request.lowering.how({dense.graph.input[0].name: images})
+    how = request.lowering.how(ready.feeds(request.lowering.target.batch_size))
     structured, lowering = lower(dense, plan.structures, how, observer)
     stamp(structured, plan, lowering.layers)
     save_onnx(structured, folder.structured_onnx)
@@ -227,7 +220,7 @@ def _dense_file(folder: RunFolder, checkpoint: Checkpoint) -> Path:
 
 
 def _run_info(
-    request: ConvertRequest, folder: RunFolder, inventory: Inventory, plan: Plan, dense_file: Path
+    request: ConvertRequest, folder: RunFolder, task: Task, plan: Plan, dense_file: Path
 ) -> RunInfo:
     files = {
         "plan": folder.plan,
@@ -247,14 +240,17 @@ def _run_info(
         command=request.command,
         checkpoint=str(request.checkpoint.absolute()),
         architecture=request.architecture,
+        task=task_name(task),
         data=request.data,
-        input_shape=inventory.input_shape,
         plan_sha256=plan.digest,
         files={role: path.name for role, path in files.items()},
     )
 
 
-def _warnings(tuning: FineTuneResult, classes: int) -> list[str]:
+def _warnings(ready: Prepared, tuning: FineTuneResult) -> list[str]:
+    if not isinstance(ready.task, Classification):
+        return []
+    classes = len(ready.task.data.classes)
     original = tuning.stages[0].evaluation.score
     if original < 200 / classes:
         return [

@@ -8,8 +8,9 @@ import torch
 from structconv_cli.errors import ArchitectureError
 from structconv_cli.model.architecture import Architecture, build_model
 from structconv_cli.model.checkpoint import load_checkpoint, load_into
+from structconv_cli.model.signature import input_names
 from structconv_cli.onnx.example_inputs import Shapes
-from structconv_cli.onnx.export import INPUT, export_onnx
+from structconv_cli.onnx.export import export_onnx
 from structconv_cli.onnx.file import load_onnx
 from structconv_cli.onnx.lowerable import check_lowerable
 
@@ -24,7 +25,8 @@ def load_graph(
     Args:
         path: an .onnx file, or a checkpoint.
         architecture: what builds the model that the checkpoint fits; not used for an ONNX file.
-        shapes: sizes of the inputs; a checkpoint needs those of its one input, "input".
+        shapes: sizes of the inputs. A checkpoint needs them all: of one input as "input", of
+            several by the names of its forward pass's parameters.
 
     Returns:
         The graph, and one sentence on each part of it that structconv leaves alone.
@@ -41,7 +43,7 @@ def load_graph(
             f"{path} is no .onnx file, and a checkpoint holds weights only: name what builds the "
             "model with --arch FILE.py:FACTORY."
         )
-    if INPUT not in shapes:
+    if not shapes:
         raise ArchitectureError(
             "a checkpoint does not say how large its images are. Give the size of one batch, such "
             "as --input-shape 1x3x224x224."
@@ -49,5 +51,12 @@ def load_graph(
     checkpoint = load_checkpoint(path)
     built = build_model(architecture)
     load_into(built, checkpoint)
-    example = torch.randn(_TRACE_BATCH, *shapes[INPUT][1:])
-    return export_onnx(built.float().eval(), example), ()
+    names = input_names(built, len(shapes))
+    if set(names) != set(shapes):
+        raise ArchitectureError(
+            f"--input-shape gives sizes for {', '.join(shapes)}; a model of {len(shapes)} inputs "
+            f"has {', '.join(names)}. Give the size of each, such as "
+            f"{' '.join(f'--input-shape {name}=1x3x224x224' for name in names)}."
+        )
+    example = [torch.randn(_TRACE_BATCH, *shapes[name][1:]) for name in names]
+    return export_onnx(built.float().eval(), *example), ()

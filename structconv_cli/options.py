@@ -14,12 +14,20 @@ Arch = Annotated[
     ),
 ]
 Data = Annotated[
-    str,
+    str | None,
     typer.Option(
         rich_help_panel="Data",
         help="`digits` (the bundled sample), a folder of class folders of images (or of train/ "
         "and val/ with these), a folder of images/ and masks/, an .npz of x and y, or hf:NAME, a "
-        "Hugging Face dataset or a folder of one.",
+        "Hugging Face dataset or a folder of one. Not with --task.",
+    ),
+]
+Task = Annotated[
+    Path | None,
+    typer.Option(
+        rich_help_panel="Data",
+        help="FILE.py with your own loaders, loss and metric (see README.md), in place of --data. "
+        "It is run.",
     ),
 ]
 ArchArg = Annotated[

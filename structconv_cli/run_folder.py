@@ -14,7 +14,7 @@ from structconv_cli.json_file import read_json, write_json
 from structconv_cli.model.architecture import Architecture
 
 DEFAULT = Path("structconv-run")
-FORMAT = "structconv-run/1"
+FORMAT = "structconv-run/2"
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,9 @@ class RunInfo:
         command: the command line's words.
         checkpoint: absolute path of the user's checkpoint.
         architecture: what built the model. Recorded only: no later step runs it.
-        data: the data it was tuned and judged on.
-        input_shape: (C, H, W) of one image.
+        task: "classification", "segmentation", or the absolute path of the user's task file.
+            Recorded only: no later step runs it.
+        data: the data it was tuned and judged on; None where the task file loads it.
         plan_sha256: digest of the plan.
         files: name in this folder of every artefact, by its role.
     """
@@ -40,8 +41,8 @@ class RunInfo:
     command: tuple[str, ...]
     checkpoint: str
     architecture: Architecture
-    data: DataSpec
-    input_shape: tuple[int, ...]
+    task: str
+    data: DataSpec | None
     plan_sha256: str
     files: dict[str, str]
 

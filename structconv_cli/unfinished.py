@@ -179,6 +179,7 @@ def _made_for(request: ConvertRequest) -> dict[str, str]:
     free = tuple(f"{name}." for name in _FREE)
     kept = {name: v for name, v in found.items() if not f"{name}.".startswith(free)}
     files = {"checkpoint": request.checkpoint, "plan_file": request.plan_file}
+    files["task"] = request.task
     files["architecture"] = Path(request.architecture.reference.rpartition(":")[0])
     for role, file in files.items():
         if file is not None and file.is_file():

@@ -12,11 +12,12 @@ for the whole model were recorded by `convert`.
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import torch
-from torch import nn
 
 from structconv_cli.approximation import Approximation
 from structconv_cli.errors import OnnxError, StructconvError
@@ -29,26 +30,18 @@ from structconv_cli.exactness import (
     random_input,
 )
 from structconv_cli.graph_check import LoweredGraph, check_graph
-from structconv_cli.model.eval_mode import eval_mode
 from structconv_cli.model.inventory import Inventory
+from structconv_cli.model.signature import floating
 from structconv_cli.onnx.channels import Carried
-from structconv_cli.onnx.probe import (
-    layer_nodes,
-    run,
-    run_exposed,
-    session,
-)
+from structconv_cli.onnx.probe import layer_nodes, run_exposed, run_fed, session
 from structconv_cli.plan import Plan
 from structconv_cli.progress import SILENT, Observer
+from structconv_cli.reference import BATCHES, REAL
 from structconv_cli.structure import Structure
 from structconv_cli.tolerance import magnitude, model_tolerance
 
-BATCHES = {"batch 1": 1, "batch 2 (traced)": 2, "batch 5": 5}
-"""Random inputs of the whole model; the export is traced with a batch of 2."""
-REAL = "real images"
 KEPT = "kept weights"
-_REAL_IMAGES = 8
-_LAYER_IMAGES = 2
+_LAYER_EXAMPLES = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +56,7 @@ class Artifacts:
         dense_onnx: the dense structured model as the stock exporter wrote it.
         structured_onnx: the lowered model.
         carried: the tensors of it that stand for tensors of the dense one.
-        reference: `NAME.input` and `NAME.output` of the whole model, from `record_reference`.
+        reference: inputs and outputs of the whole model, from `record_reference`.
     """
 
     plan: Plan
@@ -75,6 +68,13 @@ class Artifacts:
     carried: Mapping[str, Carried]
     reference: Mapping[str, torch.Tensor]
 
+    def inputs(self, name: str, count: int | None = None) -> dict[str, npt.NDArray[Any]]:
+        """The first `count` rows of the model's inputs in this set of them."""
+        return {
+            tensor: self.reference[f"{name}.{tensor}"][:count].numpy()
+            for tensor in self.inventory.inputs
+        }
+
 
 @dataclass(frozen=True)
 class VerifyResult:
@@ -85,9 +85,10 @@ class VerifyResult:
         first_diverging: the first layer, in the order in which the model runs them, that failed, or
             from which on the graphs' tensors differ; None if exact or not found.
         layers: checks per layer.
-        model: checks of the whole model, relative to its largest output.
+        model: checks of the whole model, relative to the largest value of each output.
         approximation: structured against original on data; None if it was not measured.
         approximation_missing: why it was not; empty if it was.
+        notes: what was not compared, and why; one sentence each.
     """
 
     exact: bool
@@ -96,35 +97,12 @@ class VerifyResult:
     model: tuple[Check, ...]
     approximation: Approximation | None
     approximation_missing: str
+    notes: tuple[str, ...] = ()
 
     @property
     def failures(self) -> tuple[Check, ...]:
         """The checks that failed."""
         return tuple(check for check in (*self.layers, *self.model) if not check.passed)
-
-
-@torch.no_grad()
-def record_reference(
-    model: nn.Module, input_shape: tuple[int, ...], real: torch.Tensor, seed: int = 0
-) -> dict[str, torch.Tensor]:
-    """Run the dense structured model in PyTorch on random and real inputs, and keep both sides.
-
-    Args:
-        model: the projected model, in float32.
-        input_shape: (C, H, W).
-        real: prepared images (B, C, H, W); the first few are used.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    inputs = {
-        name: torch.randn(size, *input_shape, generator=generator) for name, size in BATCHES.items()
-    }
-    inputs[REAL] = real[:_REAL_IMAGES]
-    record = {}
-    with eval_mode(model):
-        for name, x in inputs.items():
-            record[f"{name}.input"] = x.contiguous()
-            record[f"{name}.output"] = model(x).contiguous()
-    return record
 
 
 def verify(
@@ -148,8 +126,7 @@ def verify(
             artifacts.carried,
             artifacts.plan.structures,
         )
-        real = artifacts.reference[f"{REAL}.input"][:_LAYER_IMAGES].numpy()
-        layers += check_graph(pair, {_input(artifacts): real}, observer)
+        layers += check_graph(pair, artifacts.inputs(REAL, _LAYER_EXAMPLES), observer)
     with observer.stage("whole model in ONNX Runtime"):
         model = _check_model(artifacts)
     approximation, missing = _measure(approximate, observer)
@@ -161,6 +138,18 @@ def verify(
         model=tuple(model),
         approximation=approximation,
         approximation_missing=missing,
+        notes=_left_out(artifacts.inventory),
+    )
+
+
+def _left_out(inventory: Inventory) -> tuple[str, ...]:
+    left = [name for name, kind in inventory.outputs.items() if not kind.is_floating]
+    if not left:
+        return ()
+    return (
+        f"Of the whole model's outputs, {', '.join(left)} "
+        f"{'is' if len(left) == 1 else 'are'} not compared: whole numbers can jump where rounding "
+        "decides. What makes them is checked node by node.",
     )
 
 
@@ -170,7 +159,7 @@ def _measure(
     if isinstance(approximate, str):
         return None, approximate
     try:
-        with observer.stage("accuracy against the original"):
+        with observer.stage("comparison with the original"):
             return approximate(), ""
     except StructconvError as error:
         return None, str(error)
@@ -180,9 +169,9 @@ def _check_layers(artifacts: Artifacts, observer: Observer) -> list[Check]:
     generator = torch.Generator().manual_seed(0)
     structures = artifacts.plan.structures
     nodes = layer_nodes(artifacts.dense_onnx, list(structures))
-    images = artifacts.reference[f"{REAL}.input"][:_LAYER_IMAGES].numpy()
     sources = [found[0].input[0] for found in nodes.values()]
-    tensors = run_exposed(artifacts.dense_onnx, {_input(artifacts): images}, sources)
+    feeds = artifacts.inputs(REAL, _LAYER_EXAMPLES)
+    tensors = run_exposed(artifacts.dense_onnx, feeds, sources)
     checks: list[Check] = []
     for done, (name, structure) in enumerate(structures.items()):
         layer = _layer_weights(artifacts, name, structure)
@@ -212,22 +201,35 @@ def _check_model(artifacts: Artifacts) -> list[Check]:
     tolerance = _model_tolerance(artifacts)
     runtime = session(artifacts.structured_onnx)
     checks = []
+    names = list(artifacts.inventory.outputs)
+    ends = [value.name for value in (*runtime.get_inputs(), *runtime.get_outputs())]
+    same = ends == [*artifacts.inventory.inputs, *names]
     for name in (*BATCHES, REAL):
-        expected = artifacts.reference[f"{name}.output"].double()
-        images = artifacts.reference[f"{name}.input"].numpy()
+        if not same:
+            detail = f"the model's inputs and outputs are {', '.join(ends)}"
+            checks.append(Check(name, "output", None, tolerance, False, detail))
+            continue
         try:
-            output = torch.from_numpy(run(runtime, images)[0])
+            outputs = dict(zip(names, run_fed(runtime, artifacts.inputs(name)), strict=True))
         except OnnxError as error:
             checks.append(Check(name, "output", None, tolerance, False, str(error)))
             continue
-        if output.shape != expected.shape:
-            detail = f"the output's shape is {tuple(output.shape)}, not {tuple(expected.shape)}"
-            checks.append(Check(name, "output", None, tolerance, False, detail))
-            continue
-        deviation = (output.double() - expected) / expected.abs().max()
-        allowed = torch.full_like(deviation, tolerance)
-        checks.append(compare(name, "output", deviation, allowed, "the output"))
+        for tensor in floating(artifacts.inventory.outputs):
+            expected = artifacts.reference[f"{name}.{tensor}"].double()
+            what = "output" if len(names) == 1 else f"output {tensor}"
+            found = torch.from_numpy(outputs[tensor])
+            checks.append(_check_output(name, what, expected, found, tolerance))
     return checks
+
+
+def _check_output(
+    name: str, what: str, expected: torch.Tensor, found: torch.Tensor, tolerance: float
+) -> Check:
+    if found.shape != expected.shape:
+        detail = f"the {what}'s shape is {tuple(found.shape)}, not {tuple(expected.shape)}"
+        return Check(name, what, None, tolerance, False, detail)
+    deviation = (found.double() - expected) / (expected.abs().max() or 1.0)
+    return compare(name, what, deviation, torch.full_like(deviation, tolerance), f"the {what}")
 
 
 def _model_tolerance(artifacts: Artifacts) -> float:
@@ -252,7 +254,7 @@ def _first_diverging(
     if failed:
         return min(failed, key=lambda name: order.index(name) if name in order else len(order))
     failed_input = next(check.subject for check in model if not check.passed)
-    feeds = {_input(artifacts): artifacts.reference[f"{failed_input}.input"].numpy()}
+    feeds = artifacts.inputs(failed_input)
     nodes = layer_nodes(artifacts.dense_onnx, order)
     outputs = {node.output[0]: name for name, found in nodes.items() for node in found}
     try:
@@ -272,8 +274,3 @@ def _first_diverging(
                 if found.shape != expected.shape or not np.abs(found - expected).max() <= room:
                     return outputs[name]
     return None
-
-
-def _input(artifacts: Artifacts) -> str:
-    """The graph's input."""
-    return str(artifacts.dense_onnx.graph.input[0].name)

@@ -57,6 +57,9 @@ def check_whole(
             checks.append(Check(name, "output", None, tolerance, False, str(error)))
             continue
         for label, right, wrong in zip(dense.graph.output, expected, found, strict=True):
+            # Whole numbers jump where rounding decides; the nodes that make them are checked.
+            if right.dtype.kind != "f":
+                continue
             subject = name if len(expected) == 1 else f"{name}, {label.name}"
             checks.append(_check_output(subject, right, wrong, tolerance))
     return checks

@@ -5,7 +5,8 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from structconv_cli.approximation import Approximation, compare_models
+from structconv_cli.approximation import Approximation, compare_models, compare_outputs
+from structconv_cli.tasks.task import Metric
 
 Array = npt.NDArray[np.float32]
 
@@ -33,8 +34,8 @@ def random_weight(seed: int) -> Array:
 def test_a_model_agrees_with_itself(seed: int) -> None:
     model = linear(random_weight(seed))
     result = compare_models(model, model, batches((3, 5), seed))  # type: ignore[arg-type]
-    assert (result.images, result.agreement, result.output_difference) == (8, 100, 0)
-    assert result.original_accuracy == result.structured_accuracy
+    assert (result.examples, result.agreement, result.output_difference) == (8, 100, 0)
+    assert result.original == result.structured
 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0, 1.25])
@@ -61,8 +62,8 @@ def test_the_way_images_are_batched_does_not_matter() -> None:
     first, second = (compare_models(*models, data) for data in (whole, parts))  # type: ignore[arg-type]
     assert first.output_difference == pytest.approx(second.output_difference, rel=1e-6)
     assert first.agreement == second.agreement
-    assert first.original_accuracy == second.original_accuracy
-    assert first.structured_accuracy == second.structured_accuracy
+    assert first.original == second.original
+    assert first.structured == second.structured
 
 
 def test_an_example_counted_by_hand() -> None:
@@ -73,9 +74,10 @@ def test_an_example_counted_by_hand() -> None:
     result = compare_models(lambda _: original, lambda _: structured, [(images, labels)])
     # classes: original 1 1 0 0, structured 0 1 1 0; differences sqrt(2)/5, 0, 5/5, 0.
     assert result == Approximation(
-        images=4,
-        original_accuracy=50,
-        structured_accuracy=50,
+        examples=4,
+        metric=Metric("top-1 accuracy", "%"),
+        original=50,
+        structured=50,
         agreement=50,
         output_difference=pytest.approx((2**0.5 / 5 + 1) / 4),
     )
@@ -85,3 +87,36 @@ def test_a_zero_output_is_compared_without_failing() -> None:
     zeros = np.zeros((2, 3), np.float32)
     data = [(torch.zeros(2, 1, 1, 1), torch.zeros(2, dtype=torch.int64))]
     assert compare_models(lambda _: zeros, lambda _: zeros, data).output_difference == 0
+
+
+def test_masks_counted_by_hand() -> None:
+    """Two pixels of each image; the second of the last image is ignored."""
+    original, structured = (
+        np.eye(3, dtype=np.float32)[np.array(classes)].transpose(0, 3, 1, 2)
+        for classes in ([[[0, 1]], [[1, 2]]], [[[0, 0]], [[1, 1]]])
+    )
+    masks = torch.tensor([[[0, 1]], [[0, 255]]])
+    data = [(torch.zeros(2, 1, 1, 2), masks)]
+    result = compare_models(lambda _: original, lambda _: structured, data)
+    assert result.metric == Metric("mIoU", "%")
+    # original: 0: 1 of 2, 1: 1 of 2; structured: 0: 1 of 3, 1: 0 of 2. Class 2 is ignored.
+    assert result.original == pytest.approx(50)
+    assert result.structured == pytest.approx(100 / 6)
+    assert result.agreement == pytest.approx(100 * 2 / 3)
+
+
+def test_scores_smaller_than_the_masks_are_enlarged() -> None:
+    scores = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    masks = torch.nn.functional.interpolate(scores, (9, 7), mode="bilinear").argmax(1)
+    result = compare_models(
+        lambda _: scores.numpy(), lambda _: -scores.numpy(), [(torch.zeros(3, 1, 9, 7), masks)]
+    )
+    assert (result.original, result.structured, result.agreement) == (100, 0, 0)
+
+
+def test_outputs_alone_are_compared_by_name_and_whole_numbers_left_out() -> None:
+    before = {"a": np.ones((2, 3), np.float32), "b": np.ones((2, 1)), "c": np.ones(2, np.int64)}
+    after = {"a": 1.5 * before["a"], "b": before["b"], "c": before["c"] + 1}
+    result = compare_outputs(before, after, "here")
+    assert result.output_difference == pytest.approx(0.25)
+    assert (result.examples, result.metric, result.note) == (2, None, "here")

@@ -125,7 +125,7 @@ def test_the_sample_converts_verifies_and_benchmarks(sample_run: Path) -> None:
 def test_the_run_folder_holds_what_later_steps_and_users_need(sample_run: Path) -> None:
     folder = sample_run / "structconv-run"
     info = json.loads((folder / "run.json").read_text())
-    assert info["format"] == "structconv-run/1"
+    assert info["format"] == "structconv-run/2"
     for name in info["files"].values():
         assert (folder / name).is_file()
     # The structured dense weights replace the user's own checkpoint, in its own layout.

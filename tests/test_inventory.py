@@ -16,6 +16,7 @@ from structconv_cli.model.inventory import (
     first_channels,
     take_inventory,
 )
+from structconv_cli.model.signature import TensorKind
 
 IMAGES = torch.zeros(2, 3, 8, 10)
 
@@ -60,8 +61,8 @@ def test_layers_come_in_the_order_in_which_they_run() -> None:
         TracedLayer(spec_of("head", model.head), (1,), 1),
     )
     assert inventory.unsupported == ()
-    assert inventory.input_shape == (3, 8, 10)
-    assert inventory.outputs == 7
+    assert inventory.inputs == {"input": TensorKind((3, 8, 10))}
+    assert inventory.outputs == {"output": TensorKind((7,))}
     assert inventory.layer("late") is inventory.layers[1]
     with pytest.raises(KeyError):
         inventory.layer("nothing")
@@ -76,7 +77,7 @@ def test_nested_names() -> None:
 def test_the_model_may_be_one_layer() -> None:
     inventory = take_inventory(nn.Linear(6, 4), torch.zeros(2, 6))
     assert names(inventory) == [""]
-    assert inventory.outputs == 4
+    assert inventory.outputs == {"output": TensorKind((4,))}
 
 
 def test_a_module_that_runs_twice_is_one_layer_with_two_calls() -> None:
@@ -284,17 +285,49 @@ def test_a_failure_without_a_message_is_reported() -> None:
 @pytest.mark.parametrize(
     ("output", "found"),
     [
-        (lambda m, x: x, "(2, 3, 8, 10)"),
-        (lambda m, x: x.sum((1, 2, 3)), "(2,)"),
-        (lambda m, x: (flat(x), flat(x)), "tuple"),
-        (lambda m, x: {"out": flat(x)}, "dict"),
-        (lambda m, x: None, "NoneType"),
+        (lambda m, x: x.sum(), "()"),
+        (lambda m, x: flat(x)[:1], "(1, 3)"),
+        (lambda m, x: {"a": x, "b": [x[0]]}, "(3, 8, 10) as b_0"),
+        (lambda m, x: None, "no tensor"),
+        (lambda m, x: (x, "text"), "type str"),
     ],
 )
-def test_an_output_that_is_not_class_scores_is_refused(
+def test_an_output_without_a_row_for_each_example_is_refused(
     output: Callable[[nn.Module, torch.Tensor], object], found: str
 ) -> None:
     with pytest.raises(ArchitectureError) as error:
         take_inventory(Applied(output), IMAGES)
-    assert f"puts out {found}" in str(error.value)
-    assert "(batch, classes)" in str(error.value)
+    assert f"puts out {found}" in str(error.value) or found in str(error.value)
+
+
+def test_several_inputs_and_outputs_have_the_names_that_the_model_gives_them() -> None:
+    class Several(nn.Module):
+        def forward(self, image: torch.Tensor, mask: torch.Tensor) -> object:
+            best = image.argmax(1)
+            return {
+                "image": image,
+                "aux": (mask, None, image),
+                "best": best,
+                "deep": {"x y": image},
+            }
+
+    found = take_inventory(Several(), IMAGES, torch.zeros(2, 5, dtype=torch.int32))
+    image, mask = TensorKind((3, 8, 10)), TensorKind((5,), "int32")
+    assert list(found.inputs.items()) == [("image", image), ("mask", mask)]
+    # An output cannot have an input's name.
+    assert list(found.outputs.items()) == [
+        ("output_image", image),
+        ("aux_0", mask),
+        ("aux_2", image),
+        ("best", TensorKind((8, 10), "int64")),
+        ("deep_x_y", image),
+    ]
+
+
+def test_frozen_layers_are_listed_and_cannot_be_structured() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten())
+    model[0].weight.requires_grad_(False)
+    inventory = take_inventory(model, IMAGES)
+    assert [layer.frozen for layer in inventory.layers] == [True, False]
+    assert list(inventory.axes) == ["1"]
+    assert "frozen" in inventory.refused["0"]

@@ -18,6 +18,7 @@ from structconv_cli.json_file import read_json, to_json, write_json
 from structconv_cli.layer_spec import LayerSpec
 from structconv_cli.model.architecture import Architecture
 from structconv_cli.model.inventory import Inventory, TracedLayer, Unsupported
+from structconv_cli.model.signature import TensorKind
 from structconv_cli.plan import KeptLayer, LayerPlan, Plan
 from structconv_cli.run_folder import RunInfo
 from structconv_cli.structure import Structure
@@ -27,14 +28,14 @@ from structconv_cli.training.record import EpochResult, FineTuneResult, StageRes
 from structconv_cli.verify import VerifyResult
 
 RUN_INFO = RunInfo(
-    format="structconv-run/1",
+    format="structconv-run/2",
     tool_version="0.1.0",
     created="2026-01-02T03:04:05+00:00",
     command=("structconv", "convert", "a b.pt", "--n", "2", "ü"),
     checkpoint="/models/a b.pt",
     architecture=Architecture("net.py:make", {"a": 1, "b": 0.5, "c": "x", "d": True, "e": None}),
     data=DataSpec("/data/files", 32, (0.5, 0.25), (1.0, 2.0), 0.1, 3),
-    input_shape=(3, 32, 32),
+    task="classification",
     plan_sha256="0" * 64,
     files={"plan": "plan.json", "reference outputs": "reference.safetensors"},
 )
@@ -47,8 +48,8 @@ INVENTORY = Inventory(
         TracedLayer(LayerSpec("fc", "linear", (4, 2), bias=True), (1,), 1),
     ),
     unsupported=(Unsupported("up", "transposed"),),
-    input_shape=(2, 8),
-    outputs=4,
+    inputs={"input": TensorKind((2, 8))},
+    outputs={"out": TensorKind((4,)), "best": TensorKind((), "int64")},
 )
 CONVERT_RESULT = ConvertResult(
     layers=(
@@ -75,7 +76,7 @@ VERIFY_RESULT = VerifyResult(
     first_diverging="a",
     layers=(Check("a", "weights", 1e-300, 1 / 3, True), Check("a", "x", None, 0.5, False, "NaN")),
     model=(Check("batch 1", "output", 0.1, 0.2, True),),
-    approximation=Approximation(450, 99.5, 99.25, 98.0, 0.2707867577340868),
+    approximation=Approximation(450, 0.2707867577340868, Metric("mIoU", "%"), 99.5, 99.25, 98.0),
     approximation_missing="",
 )
 VALUES = [RUN_INFO, PLAN, INVENTORY, CONVERT_RESULT, VERIFY_RESULT]
@@ -141,7 +142,7 @@ def test_a_write_that_cannot_take_its_place_leaves_nothing(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("old", "new", "place"),
     [
-        (b'"input_shape"', b'"input_shapes"', "input_shape"),
+        (b'"task"', b'"tasks"', "task"),
         (b'"0.1.0"', b"7", "tool_version"),
         (b'"command": [', b'"command": [1,', "command.0"),
         (b'"size": 32', b'"size": "large"', "data.size"),

@@ -274,7 +274,7 @@ def test_files_outside_the_folder_are_refused(name: str, run_path: Path) -> None
 
 
 def test_another_format_is_refused_by_name(run_path: Path) -> None:
-    content = to_json(RUN_INFO).replace(b"structconv-run/1", b"structconv-run/9")
+    content = to_json(RUN_INFO).replace(b"structconv-run/2", b"structconv-run/9")
     (run_path / "run.json").write_bytes(content)
     with pytest.raises(RunFolderError, match="structconv-run/9"):
         RunFolder(run_path).info()

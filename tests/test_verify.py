@@ -177,10 +177,10 @@ def test_a_converted_run_is_exact(converted: tuple[Path, ConvertResult, VerifyRe
         "batch 1",
         "batch 2 (traced)",
         "batch 5",
-        "real images",
+        "real inputs",
     }
     assert verification.approximation is not None
-    assert verification.approximation.images == IMAGES
+    assert verification.approximation.examples == IMAGES
     assert read_json(path / "verify.json", VerifyResult) == verification
     assert read_json(path / "convert.json", ConvertResult) == result
 
@@ -457,7 +457,7 @@ def test_a_changed_tensor_of_a_kept_layer_in_the_dense_weights_is_found(
     assert not checks_only(run).exact
 
 
-@pytest.mark.parametrize("name", ["batch 1.output", "batch 5.output", "real images.output"])
+@pytest.mark.parametrize("name", ["batch 1.output", "batch 5.output", "real inputs.output"])
 def test_a_changed_reference_output_is_found(run: RunFolder, name: str) -> None:
     edit_tensor(run.reference, name, scale_at(2, 1.5))
     result = checks_only(run)
@@ -488,8 +488,8 @@ def of_another_dtype(tensors: dict[str, torch.Tensor]) -> None:
 
 
 def of_no_images(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["real images.input"] = tensors["real images.input"][:0]
-    tensors["real images.output"] = tensors["real images.output"][:0]
+    tensors["real inputs.input"] = tensors["real inputs.input"][:0]
+    tensors["real inputs.output"] = tensors["real inputs.output"][:0]
 
 
 @pytest.mark.parametrize(
@@ -652,9 +652,8 @@ def test_files_outside_the_folder_are_refused(run: RunFolder, role: str) -> None
 @pytest.mark.parametrize(
     "change",
     [
-        {"input_shape": []},
-        {"input_shape": [3, 32, 32]},
-        {"input_shape": [-1, 0, 0]},
+        {"data": None},
+        {"task": "segmentation"},
         {"files": {}},
         {"format": "structconv-run/9"},
         {"plan_sha256": ""},
@@ -725,7 +724,7 @@ def test_the_bundled_sample_data_are_found_by_name(run: RunFolder) -> None:
     result = verify_run(run.path)
     assert result.exact
     assert result.approximation is not None
-    assert result.approximation.images == 450
+    assert result.approximation.examples == 450
 
 
 def test_missing_data_leave_exactness_as_it_is(run: RunFolder, tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 def convert(
     checkpoint: options.Checkpoint,
     arch: options.Arch,
-    data: options.Data,
+    data: options.Data = None,
+    task: options.Task = None,
     arch_arg: options.ArchArg = None,
     out: options.Out = Path("structconv-run"),
     force: options.Force = False,
@@ -79,6 +80,15 @@ def convert(
         targets = parse_targets(
             target_speedup, target_latency, target_macs, target_params, max_drop
         )
+        if (data is None) == (task is None):
+            raise typer.BadParameter(
+                "give either --data or --task: the images, or what loads them."
+            )
+        if task is not None and (size or mean or std or val_split):
+            raise typer.BadParameter(
+                "--size, --mean, --std and --val-split are for --data; the task file prepares its "
+                "own."
+            )
         if plan is not None and not targets.is_empty:
             raise typer.BadParameter("--plan is obeyed as it is; give it without a target.")
         if recipe not in RECIPES:
@@ -89,7 +99,10 @@ def convert(
         request = ConvertRequest(
             checkpoint=checkpoint,
             architecture=Architecture(arch, parse_arguments(arch_arg or [])),
-            data=parse_data(data, size, mean, std, val_split, seed, ignore_label, workers),
+            data=None
+            if data is None
+            else parse_data(data, size, mean, std, val_split, seed, ignore_label, workers),
+            task=task,
             recipe=named_recipe(
                 recipe,
                 epochs,

@@ -27,9 +27,9 @@ def inspect(
         from structconv_cli.inspection import inspect_graph
         from structconv_cli.json_file import to_json
         from structconv_cli.model.architecture import Architecture, parse_arguments
+        from structconv_cli.model.signature import INPUT
         from structconv_cli.model_graph import load_graph
         from structconv_cli.onnx.example_inputs import example_inputs
-        from structconv_cli.onnx.export import INPUT
         from structconv_cli.onnx.target import Target
         from structconv_cli.onnx.timing_cache import default_path
         from structconv_cli.report.inspection import inspect_report

@@ -46,7 +46,7 @@ def plan(
         from structconv_cli.commands.shapes import parse_shapes
         from structconv_cli.json_file import to_json
         from structconv_cli.model.architecture import Architecture, parse_arguments
-        from structconv_cli.onnx.export import INPUT
+        from structconv_cli.model.signature import INPUT
         from structconv_cli.onnx.target import Target
         from structconv_cli.onnx.timing_cache import default_path
         from structconv_cli.planning.pipeline import PlanFiles, PlanRequest, plan_model

@@ -1,20 +1,14 @@
 """Building the model whose weights a checkpoint holds.
 
 An architecture is named on the command line as `FILE.py:FACTORY`: a Python file and a callable
-in it that returns the model. Running that file is what the user asked for by naming it; nothing
-else in structconv runs code that it was given.
+in it that returns the model. Running that file is what the user asked for by naming it.
 """
 
 import ast
 import difflib
-import importlib.util
 import inspect
-import itertools
 import math
-import sys
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -23,10 +17,9 @@ from typing import Any
 from torch import nn
 
 from structconv_cli.errors import ArchitectureError
+from structconv_cli.user_code import import_file, import_folder, line_in, what_failed
 
 Argument = int | float | str | bool | None
-
-_module_numbers = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -79,7 +72,7 @@ def build_model(architecture: Architecture) -> nn.Module:
             them raises, or the result is not an initialised `torch.nn.Module`.
     """
     path, name = _parse_reference(architecture.reference)
-    with _import_folder(path.parent):
+    with import_folder(path.parent):
         module = _import_file(path)
         factory = _find_factory(module, name, path)
         model = _call_factory(factory, name, path, architecture.arguments)
@@ -135,59 +128,15 @@ def _parse_reference(reference: str) -> tuple[Path, str]:
     return path, name
 
 
-@contextmanager
-def _import_folder(folder: Path) -> Iterator[None]:
-    """Puts `folder` first on `sys.path` for a while."""
-    entry = str(folder)
-    _forget_siblings_elsewhere(folder)
-    sys.path.insert(0, entry)
-    importlib.invalidate_caches()
-    try:
-        yield
-    finally:
-        # The user's code may have changed sys.path as well, so this entry need not be first.
-        if entry in sys.path:
-            sys.path.remove(entry)
-
-
-def _forget_siblings_elsewhere(folder: Path) -> None:
-    """Drops loaded modules that would stand in for files of `folder`, unless they are installed.
-
-    A `layers.py` loaded for another architecture, whose folder is no longer on `sys.path`, would
-    otherwise answer this one's `import layers`.
-    """
-    names = {
-        entry.stem
-        for entry in folder.iterdir()
-        if (entry.suffix == ".py" or entry.is_dir()) and not entry.name.startswith("_")
-    }
-    for name in names & (sys.modules.keys() - sys.stdlib_module_names):
-        origin = getattr(sys.modules[name], "__file__", None)
-        here = origin is not None and Path(origin).is_relative_to(folder)
-        if not here and not any(finder.find_spec(name, None) for finder in sys.meta_path):
-            for loaded in [key for key in sys.modules if key.partition(".")[0] == name]:
-                del sys.modules[loaded]
-
-
 def _import_file(path: Path) -> ModuleType:
-    # A name of its own, for a file called torch.py or one of a different folder must not be taken
-    # for another module; it stays in sys.modules because dataclasses and exporters look there.
-    name = f"structconv_architecture_{next(_module_numbers)}_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
+        return import_file(path, "architecture")
     except (Exception, SystemExit) as error:
         # SystemExit as well: a script that parses its own command line ends in one.
-        del sys.modules[name]
         raise ArchitectureError(
-            f"Importing the architecture file {path} failed{_line_in(path, error)} with "
-            f"{_one_line(error)}: correct the file so that `python {path.name}` runs."
+            f"Importing the architecture file {path} failed{line_in(path, error)} with "
+            f"{what_failed(error)}: correct the file so that `python {path.name}` runs."
         ) from error
-    return module
 
 
 def _find_factory(module: ModuleType, name: str, path: Path) -> Callable[..., Any]:
@@ -237,22 +186,7 @@ def _call_factory(
         return factory(**arguments)
     except (Exception, SystemExit) as error:
         raise ArchitectureError(
-            f"Calling {name}({given}) in {path} failed{_line_in(path, error)} with "
-            f"{_one_line(error)}. Its signature is {shown}; correct the file, or its arguments "
+            f"Calling {name}({given}) in {path} failed{line_in(path, error)} with "
+            f"{what_failed(error)}. Its signature is {shown}; correct the file, or its arguments "
             "with --arch-arg NAME=VALUE."
         ) from error
-
-
-def _line_in(path: Path, error: BaseException) -> str:
-    if isinstance(error, SyntaxError) and error.filename:
-        return f" at line {error.lineno} of {Path(error.filename).name}"
-    frames = traceback.extract_tb(error.__traceback__)
-    nearby = [frame for frame in frames if Path(frame.filename).parent == path.parent]
-    if not nearby:
-        return ""
-    return f" at line {nearby[-1].lineno} of {Path(nearby[-1].filename).name}"
-
-
-def _one_line(error: BaseException) -> str:
-    text = error.msg if isinstance(error, SyntaxError) else str(error)
-    return ": ".join(part for part in (type(error).__name__, " ".join(text.split())) if part)

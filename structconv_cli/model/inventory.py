@@ -1,7 +1,7 @@
 """Which layers a model has: found in its module tree, met and measured in one forward pass."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +10,15 @@ from torch import nn
 from structconv_cli.errors import ArchitectureError, one_line
 from structconv_cli.layer_spec import CONVOLUTIONS, LayerSpec, spec_of
 from structconv_cli.model.eval_mode import eval_mode
+from structconv_cli.model.signature import (
+    TensorKind,
+    input_names,
+    named_outputs,
+    taken_names,
+)
 
 _PLAIN = (*CONVOLUTIONS, nn.Linear)
+FROZEN = "it is frozen (requires_grad=False): fine-tuning could not pay back what structure costs"
 _RELATED = (nn.modules.conv._ConvNd, nn.Linear)
 
 
@@ -23,11 +30,13 @@ class TracedLayer:
         spec: what it computes.
         output_size: spatial sizes of its output; the number of rows per image if linear.
         calls: how many times one forward pass runs it.
+        frozen: whether its weight is not to be trained (requires_grad=False), and so stays dense.
     """
 
     spec: LayerSpec
     output_size: tuple[int, ...]
     calls: int
+    frozen: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,24 +54,25 @@ class Inventory:
     Attributes:
         layers: in the order of their first run.
         unsupported: in the order of the module tree.
-        input_shape: (C, H, W) of one image.
-        outputs: number of values that the model puts out per image.
+        inputs: what the model takes, by name, in order.
+        outputs: what it gives, likewise.
     """
 
     layers: tuple[TracedLayer, ...]
     unsupported: tuple[Unsupported, ...]
-    input_shape: tuple[int, ...]
-    outputs: int
+    inputs: dict[str, TensorKind]
+    outputs: dict[str, TensorKind]
 
     @property
     def axes(self) -> dict[str, tuple[int, ...]]:
         """(C / groups, *kernel) of every layer that can be structured, by name."""
-        return {layer.spec.name: layer.spec.axes for layer in self.layers}
+        return {layer.spec.name: layer.spec.axes for layer in self.layers if not layer.frozen}
 
     @property
     def refused(self) -> dict[str, str]:
         """Why the others cannot be."""
-        return {entry.name: entry.reason for entry in self.unsupported}
+        frozen = {layer.spec.name: FROZEN for layer in self.layers if layer.frozen}
+        return frozen | {entry.name: entry.reason for entry in self.unsupported}
 
     def layer(self, name: str) -> TracedLayer:
         """The traced layer of this name (KeyError if there is none)."""
@@ -80,12 +90,12 @@ def first_channels(model: nn.Module) -> int | None:
     return None
 
 
-def take_inventory(model: nn.Module, images: torch.Tensor) -> Inventory:
-    """Run `images` (B, C, H, W) through the model once, in eval mode, and list its layers.
+def take_inventory(model: nn.Module, *inputs: torch.Tensor) -> Inventory:
+    """Run a model on a batch of its inputs once, in eval mode, and list its layers.
 
     Raises:
-        ArchitectureError: the model does not run on these images, or puts out anything but one
-            tensor of shape (B, K).
+        ArchitectureError: the model does not run on these inputs, or puts out anything but tensors
+            with a row for each example.
     """
     unsupported = _unsupported(model)
     refused = {entry.name for entry in unsupported}
@@ -97,29 +107,30 @@ def take_inventory(model: nn.Module, images: torch.Tensor) -> Inventory:
             handles.append(module.register_forward_hook(_recorder(name, sizes, calls)))
     try:
         with torch.no_grad(), eval_mode(model):
-            output = model(images)
+            outputs = model(*inputs)
     except Exception as error:  # noqa: BLE001 - the user's forward may raise anything
-        raise ArchitectureError(_forward_failure(model, images, error)) from None
+        raise ArchitectureError(_forward_failure(model, inputs, error)) from None
     finally:
         for handle in handles:
             handle.remove()
-    if not isinstance(output, torch.Tensor) or output.ndim != 2:
-        found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
-        raise ArchitectureError(
-            f"the model puts out {found} for a batch of {len(images)} images; expected one tensor "
-            "of class scores, (batch, classes). Other tasks than classification are not supported "
-            "yet."
-        )
+    names = input_names(model, len(inputs))
+    named = named_outputs(outputs, len(inputs[0]), taken_names(model, names))
     modules = dict(model.named_modules())
     layers = tuple(
-        TracedLayer(spec_of(name, modules[name]), size, calls[name]) for name, size in sizes.items()
+        TracedLayer(spec_of(name, module), size, calls[name], not module.weight.requires_grad)
+        for name, size, module in ((name, size, modules[name]) for name, size in sizes.items())
     )
     unreached = tuple(
         Unsupported(name, "the forward pass does not run it")
         for name, module in modules.items()
         if type(module) in _PLAIN and name not in sizes and name not in refused
     )
-    return Inventory(layers, unsupported + unreached, tuple(images.shape[1:]), output.shape[1])
+    return Inventory(
+        layers,
+        unsupported + unreached,
+        {name: TensorKind.of(tensor) for name, tensor in zip(names, inputs, strict=True)},
+        {name: TensorKind.of(tensor) for name, tensor in named.items()},
+    )
 
 
 def _recorder(
@@ -169,16 +180,18 @@ def _unsupported(model: nn.Module) -> tuple[Unsupported, ...]:
     return tuple(found)
 
 
-def _forward_failure(model: nn.Module, images: torch.Tensor, error: Exception) -> str:
-    shape = tuple(images.shape[1:])
+def _forward_failure(model: nn.Module, inputs: Sequence[torch.Tensor], error: Exception) -> str:
+    first = inputs[0]
+    shapes = ", ".join(str(tuple(tensor.shape[1:])) for tensor in inputs)
     wanted = first_channels(model)
-    if wanted is not None and images.ndim > 1 and wanted != images.shape[1]:
+    if len(inputs) == 1 and wanted is not None and first.ndim > 1 and wanted != first.shape[1]:
         return (
             f"the model's first convolution takes {wanted} channels, but the images have "
-            f"{images.shape[1]} (shape {shape}). Give data with {wanted} channels, or build the "
-            f"model for {images.shape[1]} (--arch-arg)."
+            f"{first.shape[1]} (shape {shapes}). Give data with {wanted} channels, or build the "
+            f"model for {first.shape[1]} (--arch-arg)."
         )
+    what = "images of shape" if len(inputs) == 1 else f"{len(inputs)} inputs of shapes"
     return (
-        f"the model does not run on images of shape {shape}: {one_line(error)}. "
+        f"the model does not run on {what} {shapes}: {one_line(error)}. "
         "Check --size and --arch-arg."
     )

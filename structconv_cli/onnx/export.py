@@ -5,7 +5,8 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,61 +14,87 @@ import torch
 from torch import nn
 
 from structconv_cli.errors import OnnxError, one_line
+from structconv_cli.model.signature import (
+    input_names,
+    named_outputs,
+    taken_names,
+    takes_any_number,
+)
 
 OPSET = 18
 """The exporter's native opset: no version conversion, and ONNX Runtime's blocked convolution and
 pooling kernels cover it (16 to 22 measured alike)."""
 
-INPUT, OUTPUT = "input", "output"
+_BATCH = "batch"
+_PLACEHOLDER = "structconv.{}"
+"""What inputs and outputs are called until nothing inside the graph has their names."""
 
 
-def export_onnx(model: nn.Module, images: torch.Tensor) -> onnx.ModelProto:
-    """Export a model of one image input and one output, in eval mode, with a dynamic batch.
+def export_onnx(model: nn.Module, *inputs: torch.Tensor) -> onnx.ModelProto:
+    """Export a model in eval mode, with a dynamic batch: the first axis of every input and output.
+
+    Names are those of `model.signature`.
 
     Args:
         model: its convolutions become Conv nodes, batch norms folded into them where the exporter
             can; parameter names stay as initialiser names.
-        images: example of shape (B, C, H, W), B >= 2 (an axis of one would be specialised).
+        inputs: an example of each, B >= 2 rows (an axis of one would be specialised).
 
     Raises:
         OnnxError: torch cannot export the model, or the batch axis did not stay dynamic.
+        ArchitectureError: the model does not put out tensors with a row for each example.
     """
-    if len(images) < 2:
+    batch = len(inputs[0])
+    if batch < 2:
         raise ValueError("trace with a batch of at least 2: an axis of size 1 is specialised")
+    names = input_names(model, len(inputs))
+    shapes: Any = tuple({0: torch.export.Dim(_BATCH, min=1)} for _ in inputs)
+    outputs = tuple(named_outputs(_run(model, inputs), batch, taken_names(model, names)))
     try:
         with _quiet():
             program = torch.onnx.export(
-                model.eval(),
-                (images,),
+                model,
+                inputs,
                 dynamo=True,
                 opset_version=OPSET,
-                input_names=[INPUT],
-                output_names=[OUTPUT],
-                dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+                input_names=[_PLACEHOLDER.format(name) for name in names],
+                output_names=[_PLACEHOLDER.format(name) for name in outputs],
+                dynamic_shapes=(shapes,) if takes_any_number(model) else shapes,
                 verbose=False,
             )
     except (RuntimeError, ValueError, TypeError, torch.onnx.errors.OnnxExporterError) as error:
-        cause = error.__cause__ or error
-        raise OnnxError(
-            "torch.onnx.export cannot export this model: "
-            f"{type(cause).__name__}: {one_line(cause)[:300]} "
-            "A model is exportable when its forward pass has no branches or shapes that depend on "
-            "the data, and treats the batch size as unknown."
-        ) from None
+        raise _not_exportable(error.__cause__ or error) from None
     assert program is not None
     proto = program.model_proto
     _name_linear_weights(proto, dict(model.named_parameters()))
     _strip_metadata(proto)
-    batches = {
-        str(value.type.tensor_type.shape.dim[0].dim_param)
-        for value in (proto.graph.input[0], proto.graph.output[0])
-    }
-    if batches != {"batch"}:
-        raise OnnxError(
-            "the exported model does not keep its batch size: the forward pass turns it into a "
-            "constant. Use x.shape[0], x.flatten(1) or -1 instead of a number."
-        )
+    _set_names(proto.graph, names, outputs)
+    for value in (*proto.graph.input, *proto.graph.output):
+        first = value.type.tensor_type.shape.dim[:1]
+        if [dim.dim_param for dim in first] != [_BATCH]:
+            raise OnnxError(
+                f"the exported model does not keep its batch size in {value.name}: the forward "
+                "pass turns it into a constant. Use x.shape[0], x.flatten(1) or -1 instead of a "
+                "number."
+            )
     return proto
+
+
+def _run(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Any:
+    try:
+        with torch.no_grad(), _quiet():
+            return model.eval()(*inputs)
+    except Exception as error:  # noqa: BLE001 - the user's forward may raise anything
+        raise _not_exportable(error) from None
+
+
+def _not_exportable(cause: BaseException) -> OnnxError:
+    return OnnxError(
+        "torch.onnx.export cannot export this model: "
+        f"{type(cause).__name__}: {one_line(cause)[:300]} "
+        "A model is exportable when its forward pass has no branches or shapes that depend on the "
+        "data, and treats the batch size as unknown."
+    )
 
 
 @contextlib.contextmanager
@@ -81,6 +108,40 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
+
+
+def _set_names(graph: onnx.GraphProto, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    """Name inputs and outputs; inner tensors that have such a name give way to them.
+
+    The exporter does not see to that: an output called "relu" would clash with what it calls what
+    a Relu makes.
+    """
+    if len(graph.input) != len(inputs) or len(graph.output) != len(outputs):
+        raise OnnxError(
+            f"the exported model has {len(graph.input)} inputs and {len(graph.output)} outputs; "
+            f"the model has {len(inputs)} and {len(outputs)}. Return every tensor once, and no "
+            "input as it is."
+        )
+    new = {name: f"{name}.inner" for name in (*inputs, *outputs)}
+    values = zip((*graph.input, *graph.output), (*inputs, *outputs), strict=True)
+    new |= {value.name: name for value, name in values}
+    if len(set(new.values())) < 2 * len((*inputs, *outputs)):
+        raise OnnxError(
+            "the exported model has one tensor for several of its outputs. Return every tensor "
+            "once, and no input as it is."
+        )
+    _rename(graph, new)
+
+
+def _rename(graph: onnx.GraphProto, new: Mapping[str, str]) -> None:
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        value.name = new.get(value.name, value.name)
+    for node in graph.node:
+        node.input[:] = [new.get(name, name) for name in node.input]
+        node.output[:] = [new.get(name, name) for name in node.output]
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                _rename(inner, new)
 
 
 def _name_linear_weights(proto: onnx.ModelProto, parameters: Mapping[str, torch.Tensor]) -> None:

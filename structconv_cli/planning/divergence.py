@@ -9,6 +9,7 @@ import numpy.typing as npt
 import onnx
 from scipy.special import log_softmax
 
+from structconv_cli.errors import PlanError
 from structconv_cli.onnx.graph import Graph
 
 Array = npt.NDArray[np.generic]
@@ -55,7 +56,13 @@ class Original:
             return float(rise), 100 * float(lost)
         if self.classifies:
             return self._divergence(self._log_probabilities(outputs[0])), None
-        return float(np.mean([_relative(a, b) for a, b in self._floats(outputs)])), None
+        floats = self._floats(outputs)
+        if not floats:
+            raise PlanError(
+                "the model puts out whole numbers only, and losses are predicted from outputs that "
+                "change by degrees. Return its scores too, or plan without data."
+            )
+        return float(np.mean([_relative(a, b) for a, b in floats])), None
 
     def _divergence(self, log_probabilities: Floats) -> float:
         apart = self._log - log_probabilities

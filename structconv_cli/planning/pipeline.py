@@ -2,19 +2,20 @@
 
 import os
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 
-import torch
+import onnx
 
-from structconv_cli.data.dataset import Dataset, load_dataset
+from structconv_cli.data.dataset import load_dataset
 from structconv_cli.data.spec import DataSpec
 from structconv_cli.errors import PlanError
 from structconv_cli.json_file import write_json
 from structconv_cli.model.architecture import Architecture, build_model
 from structconv_cli.model.inventory import first_channels
+from structconv_cli.model.signature import INPUT
 from structconv_cli.model_graph import load_graph
 from structconv_cli.onnx.example_inputs import Shapes, example_inputs
-from structconv_cli.onnx.export import INPUT
 from structconv_cli.onnx.file import load_onnx
 from structconv_cli.onnx.graph import Graph
 from structconv_cli.plan import read_plan
@@ -25,6 +26,11 @@ from structconv_cli.planning.targets import Targets
 from structconv_cli.progress import SILENT, Observer
 from structconv_cli.reconstruction.samples import Samples, check_samples
 from structconv_cli.report.curve import draw_curve
+from structconv_cli.tasks.choice import image_task
+from structconv_cli.tasks.task import Task
+
+_MOST_NUMBERS, _LEAST_SAMPLES = 2**25, 16
+"""Of all samples' outputs, which are held in memory, and of samples all the same."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +100,8 @@ def plan_model(
         graph, notes = load_graph(request.model, request.architecture, shapes)
         samples = None
         if data is not None:
-            samples = training_samples(
-                data, Graph(graph).inputs[0], request.images, request.settings.sensitivity.seed
-            )
+            seed = request.settings.sensitivity.seed
+            samples = training_samples(image_task(data)(data, seed=seed), graph, request.images)
             check_samples(graph, samples)
         batch = request.settings.target.batch_size
         if samples is not None and not request.shapes:
@@ -122,20 +127,16 @@ def write_proposal(proposal: Proposal, files: PlanFiles) -> None:
     write_json(proposal.plan, files.plan)
 
 
-def training_samples(data: Dataset, name: str, images: int, seed: int) -> Samples:
-    """Some training images with their labels, prepared, as the input `name`.
+def training_samples(task: Task, graph: onnx.ModelProto, count: int) -> Samples:
+    """Some training examples as a graph's inputs; fewer where its outputs would fill the memory.
 
-    The validation part stays out of it, so that what it says of the result is not flattered.
-
-    Raises:
-        PlanError: the images have no labels.
+    Labels only where each example has one: other losses are predicted from the outputs alone.
     """
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(data.train), generator=generator)[:images]
-    stored, labels = data.train.fetch(chosen)
-    if labels is None:
-        raise PlanError("the images have no labels, and losses are predicted from labelled ones.")
-    return Samples({name: data.prepare(stored).numpy()}, labels.numpy())
+    view = Graph(graph)
+    numbers = sum(prod(size or 1 for size in (view.shape(x) or ())[1:]) for x in view.outputs)
+    inputs, labels = task.samples(min(count, max(_LEAST_SAMPLES, _MOST_NUMBERS // numbers)))
+    arrays = {name: tensor.numpy() for name, tensor in zip(view.inputs, inputs, strict=True)}
+    return Samples(arrays, None if labels is None else labels.numpy())
 
 
 def _channels(request: PlanRequest) -> int:

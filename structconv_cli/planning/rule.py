@@ -4,7 +4,7 @@ What it keeps, it keeps with a reason. Structures chosen layer by layer are `pro
 """
 
 from structconv_cli.errors import PlanError
-from structconv_cli.model.inventory import Inventory, TracedLayer
+from structconv_cli.model.inventory import FROZEN, Inventory, TracedLayer
 from structconv_cli.plan import KeptLayer, LayerPlan, Plan
 from structconv_cli.structure import Structure
 
@@ -32,6 +32,8 @@ def rule_plan(inventory: Inventory, n: int = 2, channels: float = 1.0) -> Plan:
         if name == first:
             reason = "first convolution: few input channels, and the most sensitive"
             entries.append(KeptLayer(name, reason))
+        elif layer.frozen:
+            entries.append(KeptLayer(name, FROZEN))
         else:
             entries.append(_rule(layer, n, channels))
     entries += [KeptLayer(x.name, x.reason) for x in inventory.unsupported]

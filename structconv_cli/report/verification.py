@@ -24,6 +24,7 @@ def verify_report(result: VerifyResult) -> RenderableType:
                 f"[yellow]Approximation not measured:[/] {escape(result.approximation_missing)}"
             )
         )
+    parts += [Text.from_markup(f"[yellow]Note:[/] {escape(note)}") for note in result.notes]
     parts.append(exactness_verdict(result))
     return Group(*spaced(parts))
 
@@ -73,17 +74,23 @@ def _model_checks(result: VerifyResult) -> Table:
     table.add_column("error", justify="right")
     table.add_column("tolerance", justify="right")
     for check in result.model:
-        table.add_row(check.subject, _error(check), f"{check.tolerance:.1e}", style=_style(check))
+        # Of several outputs, which one.
+        subject = escape(check.subject + check.what.removeprefix("output").replace(" ", ", ", 1))
+        table.add_row(subject, _error(check), f"{check.tolerance:.1e}", style=_style(check))
     return table
 
 
 def _approximation(result: Approximation) -> Text:
-    change = result.structured_accuracy - result.original_accuracy
+    title = "Approximation (what structure cost; not part of the proof)"
+    differ = f"outputs differ by {result.output_difference:.1%} on average."
+    metric, before, after = result.metric, result.original, result.structured
+    if metric is None or before is None or after is None:
+        return Text(f"{title}, {result.note}: {differ}")
+    unit = f" {metric.unit}" if metric.unit else ""
+    same = "" if result.agreement is None else f"same prediction on {result.agreement:.2f} %, "
     return Text(
-        f"Approximation (what structure cost; not part of the proof), on {result.images} "
-        f"validation images: accuracy {result.original_accuracy:.2f} % → "
-        f"{result.structured_accuracy:.2f} % ({change:+.2f}), same prediction on "
-        f"{result.agreement:.2f} %, outputs differ by {result.output_difference:.1%} on average."
+        f"{title}, on {result.examples} validation images: {metric.name} {before:.2f}{unit} → "
+        f"{after:.2f}{unit} ({after - before:+.2f}), {same}{differ}"
     )
 
 

@@ -1,6 +1,6 @@
-"""The class scores among what a model returns."""
+"""The scores among what a model returns."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,3 +35,8 @@ def class_scores(outputs: Any) -> torch.Tensor:
         f"the model returns {type(outputs).__name__}; expected a tensor of scores, or a tuple or "
         "dict with one. Describe the task with --task FILE.py."
     )
+
+
+def scores_index(names: Sequence[str]) -> int:
+    """Which of a graph's outputs holds what `class_scores` finds, by their names."""
+    return next((names.index(name) for name in _NAMES if name in names), 0)

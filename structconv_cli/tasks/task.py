@@ -60,6 +60,19 @@ class Task(Protocol):
     def metric(self) -> Metric:
         """What it is judged by."""
 
+    def check(self, model: nn.Module) -> None:
+        """Find out before the long work whether model, data and task fit one another.
+
+        Raises:
+            TaskError, DataError: they do not.
+        """
+
+    def examples(self, count: int) -> tuple[torch.Tensor, ...]:
+        """The model's inputs, one tensor each, for some validation examples, `count` at most."""
+
+    def samples(self, count: int) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
+        """The same for training examples, to predict losses with; their classes (B,), if any."""
+
     @property
     def steps(self) -> int:
         """Batches in an epoch, at least 1; the same in every process."""
