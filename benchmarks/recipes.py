@@ -12,6 +12,7 @@ Steps are computed in bfloat16 unless --precision fp32 is given: half of the tim
 """
 
 import argparse
+import copy
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,12 +20,19 @@ from pathlib import Path
 from typing import Any
 
 from planning import CHECKPOINTS, MEAN, ROOT, STD, Log, uniform_structures
+from torch import nn
 
 from structconv_cli.data.dataset import load_dataset
 from structconv_cli.data.spec import DataSpec
 from structconv_cli.json_file import read_json, write_json
 from structconv_cli.model.architecture import Architecture, build_model
 from structconv_cli.model.checkpoint import load_checkpoint, load_into
+from structconv_cli.onnx.export import export_onnx
+from structconv_cli.reconstruction.apply import apply_to_module, layers_without_bias
+from structconv_cli.reconstruction.result import ReconstructionSettings
+from structconv_cli.reconstruction.samples import Samples
+from structconv_cli.reconstruction.sequential import reconstruct
+from structconv_cli.structure import Structure
 from structconv_cli.tasks.classification import Classification
 from structconv_cli.training.finetune import finetune
 from structconv_cli.training.hardware import Hardware
@@ -56,6 +64,9 @@ RECIPES: Mapping[str, dict[str, Any]] = {
     "subspace-b32": {"batch_size": 32},
     "subspace-ema": {"averaging": 0.998},
     "subspace-wd1": {"weight_decay": 1e-4},
+    "fitted": {"start": "least squares"},
+    "fitted-lr05": {"start": "least squares", "learning_rate": 0.05},
+    "fitted-ema": {"start": "least squares", "averaging": 0.998},
     "tenth-lr05": {"regularised": 0.1, "learning_rate": 0.05},
     "tenth-lr05-d9": {"regularised": 0.1, "learning_rate": 0.05, "distillation": 0.9},
 }
@@ -82,6 +93,7 @@ class Outcome:
 def run(options: argparse.Namespace, name: str) -> Outcome:
     changes = dict(RECIPES[name])
     share = changes.pop("regularised", 0.0)
+    start = changes.pop("start", "")
     share = 1.0 if share == WHOLE else share
     recipe = replace(
         BASE,
@@ -96,12 +108,28 @@ def run(options: argparse.Namespace, name: str) -> Outcome:
     load_into(model, load_checkpoint(weights))
     structures = {} if name == "dense" else uniform_structures(model, options.structure)
     task = Classification(data, recipe.batch_size, recipe.augment, recipe.seed)
+    original = model.float().eval()
+    if start == "least squares":
+        model = fitted(original, structures, task)
     hardware = Hardware(precision=options.precision)
-    start = time.perf_counter()
+    begun = time.perf_counter()
     _, result = finetune(
-        model.float().eval(), structures, task, recipe, hardware=hardware, observer=Log()
+        model, structures, task, recipe, hardware=hardware, observer=Log(), teacher=original
     )
-    return Outcome(options.network, name, options.precision, time.perf_counter() - start, result)
+    return Outcome(options.network, name, options.precision, time.perf_counter() - begun, result)
+
+
+def fitted(
+    original: nn.Module, structures: Mapping[str, Structure], task: Classification
+) -> nn.Module:
+    """The model with its weights fitted by least squares on 500 training images."""
+    model = copy.deepcopy(original)
+    (images,), _ = task.samples(500)
+    graph = export_onnx(model, images[:2])
+    settings = ReconstructionSettings(without_bias=layers_without_bias(model, graph))
+    found = reconstruct(graph, structures, Samples({"input": images.numpy()}), settings)
+    apply_to_module(model, graph, found)
+    return model
 
 
 def table(work: Path) -> None:

@@ -20,9 +20,11 @@ from structconv_cli.planning.prediction import Prediction
 from structconv_cli.planning.proposal import Planner
 from structconv_cli.preparation import Prepared
 from structconv_cli.progress import Observer
+from structconv_cli.reconstruction.result import ReconstructionRecord
 from structconv_cli.training.finetune import finetune
 from structconv_cli.training.record import FineTuneResult
 from structconv_cli.unfinished import Tried, Unfinished
+from structconv_cli.without_training import reconstruct_model
 from structconv_cli.world import World
 
 MOST_ATTEMPTS = 4
@@ -39,6 +41,7 @@ class Attempt:
         prediction: what it was predicted to do; None for a plan from a file or a rule.
         model: the tuned model, its planned weights inside their subspaces.
         tuning: how it was tuned.
+        reconstruction: how weights were fitted in place of tuning; None if it was tuned.
         notes: what the user should know, one sentence each.
     """
 
@@ -46,6 +49,7 @@ class Attempt:
     prediction: Prediction | None
     model: nn.Module
     tuning: FineTuneResult
+    reconstruction: ReconstructionRecord | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -117,6 +121,12 @@ def _tuned(
 ) -> Attempt:
     plan = entry.plan
     observer.note(f"{len(plan.structures)} of {len(plan.layers)} layers structured")
+    if not request.recipe.epochs:
+        return Attempt(
+            plan,
+            entry.prediction,
+            *reconstruct_model(ready, plan.structures, request.recipe, request.images, observer),
+        )
     model, tuning = finetune(
         ready.model,
         plan.structures,

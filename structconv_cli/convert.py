@@ -112,7 +112,9 @@ def convert(
                 *(ready.data.notes if ready.data else ()),
                 *found.notes,
                 *_warnings(ready, tuning),
+                *(found.reconstruction.notes if found.reconstruction else ()),
             ),
+            reconstruction=found.reconstruction,
         )
         write_json(result, folder.convert_result)
     unfinished.discard()

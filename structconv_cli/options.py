@@ -64,6 +64,15 @@ Epochs = Annotated[
     int,
     typer.Option(rich_help_panel="Fine-tuning", min=0, help="Epochs of fine-tuning in all."),
 ]
+NoFinetune = Annotated[
+    bool,
+    typer.Option(
+        "--no-finetune",
+        rich_help_panel="Fine-tuning",
+        help="Do not train: fit the weights by least squares to what the layers put out on a few "
+        "hundred training images. The same as --epochs 0.",
+    ),
+]
 SrEpochs = Annotated[
     float | None,
     typer.Option(

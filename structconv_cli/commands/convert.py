@@ -42,6 +42,7 @@ def convert(
     run_batch: options.RunBatch = 1,
     dry_run: options.DryRun = False,
     epochs: options.Epochs = 6,
+    no_finetune: options.NoFinetune = False,
     sr_epochs: options.SrEpochs = None,
     sr_lambda: options.SrLambda = None,
     recipe: options.RecipeName = "default",
@@ -91,6 +92,7 @@ def convert(
             )
         if plan is not None and not targets.is_empty:
             raise typer.BadParameter("--plan is obeyed as it is; give it without a target.")
+        epochs = 0 if no_finetune else epochs
         if recipe not in RECIPES:
             raise typer.BadParameter(f"--recipe is one of {', '.join(RECIPES)}; found {recipe!r}.")
         if sr_epochs is not None and sr_epochs > epochs:

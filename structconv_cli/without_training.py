@@ -1,0 +1,89 @@
+"""Bringing a model into its structure without training: least squares on a few hundred examples.
+
+What `--no-finetune` does in place of `training.finetune`, with the same kind of record.
+"""
+
+import copy
+import os
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+
+from structconv_cli.model.eval_mode import eval_mode
+from structconv_cli.preparation import Prepared
+from structconv_cli.progress import Observer
+from structconv_cli.reconstruction.apply import apply_to_module, layers_without_bias
+from structconv_cli.reconstruction.result import ReconstructionRecord, ReconstructionSettings
+from structconv_cli.reconstruction.samples import Samples
+from structconv_cli.reconstruction.sequential import reconstruct
+from structconv_cli.rewrite import project_weights, residuals
+from structconv_cli.structure import Structure
+from structconv_cli.tasks.task import Batch, Evaluation, Outputs, Task
+from structconv_cli.training.recipe import Recipe
+from structconv_cli.training.record import FineTuneResult, StageResult
+
+
+def reconstruct_model(
+    ready: Prepared,
+    structures: Mapping[str, Structure],
+    recipe: Recipe,
+    images: int,
+    observer: Observer,
+) -> tuple[nn.Module, FineTuneResult, ReconstructionRecord]:
+    """Return a copy of the model with its planned weights inside their subspaces, and the records.
+
+    Stages: the original, its weights projected, and fitted by least squares on `images` training
+    examples, whose labels are not read.
+
+    Args:
+        ready: the model, its graph and its task.
+        structures: of its layers, by name.
+        recipe: for the record; its seed draws the examples.
+        images: how many.
+        observer: is told of the stages.
+    """
+    stages: list[StageResult] = []
+    graph, task = ready.original, ready.task
+
+    def stage(name: str, model: nn.Module, work: Callable[[], None] = lambda: None) -> None:
+        with observer.stage(name):
+            start = time.perf_counter()
+            work()
+            seconds = time.perf_counter() - start
+            found = _judged(model, task)
+            residual = max(residuals(model, structures).values(), default=0.0)
+            stages.append(StageResult(name, found, residual, seconds))
+            observer.note(task.metric.text(found.score))
+
+    stage("original", ready.model)
+    projected = copy.deepcopy(ready.model)
+    stage("projected", projected, lambda: project_weights(projected, structures))
+    fitted = copy.deepcopy(ready.model)
+    records = []
+
+    def fit() -> None:
+        settings = ReconstructionSettings(
+            without_bias=layers_without_bias(fitted, graph),
+            threads=os.cpu_count() or 1,
+            seed=recipe.seed,
+        )
+        tensors, _ = task.samples(images)
+        inputs = zip(ready.inventory.inputs, tensors, strict=True)
+        samples = Samples({name: tensor.numpy() for name, tensor in inputs})
+        found = reconstruct(graph, structures, samples, settings)
+        apply_to_module(fitted, graph, found)
+        records.append(found.record)
+
+    stage("least squares", fitted, fit)
+    return fitted.eval(), FineTuneResult(recipe, task.metric, tuple(stages), ()), records[0]
+
+
+def _judged(model: nn.Module, task: Task) -> Evaluation:
+    def forward(batch: Batch) -> Outputs:
+        with torch.no_grad():
+            return task.forward(model, batch)
+
+    with eval_mode(model):
+        return task.evaluate(forward)
