@@ -3,7 +3,7 @@
     python benchmarks/segmentation.py --data camvid --work camvid-work --epochs 60
     structconv convert camvid-work/dense.pt --arch benchmarks/segmentation.py:network \\
         --data camvid --size 192 --mean 0.41,0.43,0.43 --std 0.3,0.3,0.3 \\
-        --augment flip,resized-crop --epochs 20 --out camvid-work/run
+        --ignore-label 11 --augment flip,resized-crop --epochs 20 --out camvid-work/run
 
 Three resolutions in parallel, exchanged once: Wang et al., Deep High-Resolution Representation
 Learning for Visual Recognition, 2019. 192 x 192 pixels, 11 classes.
@@ -116,7 +116,7 @@ def main() -> None:
     options = parser.parse_args()
     options.work.mkdir(exist_ok=True)
     torch.manual_seed(0)
-    data = load_dataset(DataSpec(str(options.data), 192, MEAN, STD), channels=3)
+    data = load_dataset(DataSpec(str(options.data), 192, MEAN, STD, ignore_label=11), channels=3)
     recipe = Recipe(
         options.epochs, 0, batch_size=16, learning_rate=0.1, distillation=0.0, augment=AUGMENT
     )

@@ -1,6 +1,7 @@
 """Where and in what precision training runs."""
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from structconv_cli.errors import TrainingError
+from structconv_cli.errors import TrainingError, one_line
 from structconv_cli.world import local_rank
 
 Precision = Literal["fp32", "bf16"]
@@ -76,6 +77,26 @@ class Hardware:
             return leaf.to(self.torch_device, non_blocking=True)
 
         return pytree.tree_map(moved, batch)
+
+    @contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Where a compiled model is run.
+
+        Raises:
+            TrainingError: it cannot be compiled.
+        """
+        if not self.compiled:
+            yield
+            return
+        from torch._dynamo.exc import TorchDynamoException
+
+        try:
+            yield
+        except TorchDynamoException as error:
+            raise TrainingError(
+                f"--compile: torch.compile failed: {one_line(error)[:300]}. It needs a C++ "
+                "compiler, and a model that it can trace; leave out --compile."
+            ) from None
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision, for the block."""

@@ -55,7 +55,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
     "paper": {"residual": "free", "distillation": 0.0},
 }
 """What the named recipes have of their own; `benchmarks/README.md` compares them."""
-_SHARES = {"default": 1 / 3, "paper": 1.0}
+_SHARES = {"default": 0.1, "paper": 1.0}
 """Of the epochs, in the regularised phase."""
 
 

@@ -193,7 +193,7 @@ class Training:
             self._set_training()
         waits = isinstance(self._runner, DistributedDataParallel) and not last
         with reached(), self._runner.no_sync() if waits else nullcontext():  # type: ignore[operator]
-            with self.hardware.autocast():
+            with self.hardware.compiling(), self.hardware.autocast():
                 outputs = self.task.forward(self._runner, batch)
                 loss = self._loss(outputs, batch)
             (loss / self.recipe.accumulate).backward()  # type: ignore[no-untyped-call]

@@ -1,0 +1,197 @@
+"""Recipes, schedules and hardware: laws of the training loop."""
+
+import shutil
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_finetune import STRUCTURES, data, relative_residual, state, trained, tune
+from torch import nn
+
+from structconv_cli.data.dataset import Dataset
+from structconv_cli.errors import TrainingError
+from structconv_cli.training.hardware import Hardware
+from structconv_cli.training.recipe import RECIPES, Recipe, named_recipe
+from structconv_cli.training.schedule import Schedule
+
+__all__ = ["data", "trained"]
+
+BRIEF = Recipe(2, 1.0, batch_size=20, learning_rate=0.02)
+
+
+# --- schedule
+
+
+@pytest.mark.parametrize("steps", [1, 7, 100])
+def test_the_learning_rate_rises_and_falls_to_nothing(steps: int) -> None:
+    schedule = Schedule(Recipe(3, 1.0, learning_rate=0.1), steps)
+    rates = [schedule.learning_rate(step) for step in range(schedule.steps + 1)]
+    assert schedule.steps == 3 * steps
+    assert all(0 < rate <= 0.1 for rate in rates[:-1])
+    assert rates[-1] == 0
+    top = rates.index(max(rates))
+    assert all(a < b for a, b in pairwise(rates[: top + 1]))
+    assert all(a > b for a, b in pairwise(rates[top:]))
+    assert top <= max(1, 0.06 * 3 * steps)
+
+
+@pytest.mark.parametrize(("regularised", "steps"), [(0.0, 0), (0.25, 2), (0.3, 3), (2.0, 20)])
+def test_the_regularised_phase_may_end_within_an_epoch(regularised: float, steps: int) -> None:
+    assert Schedule(Recipe(2, regularised), 10).regularised == steps
+
+
+def test_strength() -> None:
+    fixed = Schedule(Recipe(2, 1.0, sr_lambda=0.3), 10)
+    rising = Schedule(Recipe(2, 1.0, sr_lambda=0.3, strength="rising"), 10)
+    assert {fixed.strength(step) for step in range(10)} == {0.3}
+    strengths = [rising.strength(step) for step in range(10)]
+    assert strengths == pytest.approx([0.03 * (step + 1) for step in range(10)])
+
+
+# --- recipes
+
+
+def test_named_recipes() -> None:
+    default, paper = (named_recipe(name, 10) for name in ("default", "paper"))
+    assert default.regularised == 1
+    assert default.residual == "falling"
+    assert default.distillation > 0
+    assert (paper.regularised, paper.residual, paper.distillation) == (10, "free", 0)
+    assert paper.strength == "fixed"
+    assert set(RECIPES) == {"default", "paper"}
+
+
+def test_changes_that_are_none_are_none() -> None:
+    changed = named_recipe("paper", 4, distillation=0.25, learning_rate=None, regularised=None)
+    assert changed == replace(named_recipe("paper", 4), distillation=0.25)
+
+
+def test_the_papers_recipe_leaves_a_residual_to_project(trained: nn.Module, data: Dataset) -> None:
+    _, result = tune(trained, data, named_recipe("paper", 2, batch_size=20))
+    by_name = {stage.stage: stage.max_residual for stage in result.stages}
+    assert 0.01 < by_name["regularised"] < by_name["original"]
+    assert by_name["projected"] < 1e-6
+
+
+def test_a_strong_proximal_step_empties_the_residual(trained: nn.Module, data: Dataset) -> None:
+    residuals = []
+    for strength in (0.0, 1e4):
+        recipe = replace(BRIEF, residual="proximal", sr_lambda=strength, regularised=2.0)
+        _, result = tune(trained, data, recipe)
+        residuals.append({s.stage: s.max_residual for s in result.stages}["regularised"])
+    assert residuals[0] > 0.1
+    assert residuals[1] < 1e-6
+
+
+def test_a_rising_strength_draws_less_than_a_fixed_one(trained: nn.Module, data: Dataset) -> None:
+    residuals = []
+    for strength in ("rising", "fixed"):
+        recipe = replace(BRIEF, residual="free", strength=strength, sr_lambda=1.0, regularised=2.0)
+        _, result = tune(trained, data, recipe)
+        residuals.append({s.stage: s.max_residual for s in result.stages}["regularised"])
+    assert residuals[1] < residuals[0]
+
+
+# --- averaging
+
+
+def test_the_average_of_what_stays_is_itself(trained: nn.Module, data: Dataset) -> None:
+    still = replace(BRIEF, learning_rate=0.0, regularised=0.0)
+    plain, _ = tune(trained, data, still)
+    averaged, _ = tune(trained, data, replace(still, averaging=0.5))
+    for name, value in plain.state_dict().items():
+        assert torch.allclose(averaged.state_dict()[name], value, atol=1e-6), name
+
+
+def test_averaged_weights_lie_inside_and_differ(trained: nn.Module, data: Dataset) -> None:
+    plain, _ = tune(trained, data, BRIEF)
+    averaged, result = tune(trained, data, replace(BRIEF, averaging=0.9))
+    assert result.stages[-1].max_residual < 1e-6
+    assert not torch.equal(plain[0].weight, averaged[0].weight)
+
+
+# --- accumulation
+
+
+def without_norms() -> nn.Module:
+    """Nothing that looks across a batch, nothing random."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3, padding=1),
+        nn.Conv2d(6, 8, 3, padding=1, bias=False),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32, 4),
+    )
+
+
+def test_accumulated_small_batches_are_a_large_one(data: Dataset) -> None:
+    structures = {"1": STRUCTURES["1"]}
+    large = Recipe(2, 0.5, batch_size=20, learning_rate=0.05)
+    small = replace(large, batch_size=5, accumulate=4)
+    first, _ = tune(without_norms(), data, large, structures=structures)
+    second, _ = tune(without_norms(), data, small, structures=structures)
+    for name, value in first.state_dict().items():
+        other = second.state_dict()[name]
+        assert float((value - other).norm()) < 1e-4 * float(value.norm()), name
+
+
+def test_batches_that_make_no_whole_step_are_left_out(data: Dataset) -> None:
+    # 100 images make five batches of 20: two steps of two, and one is left.
+    structures = {"1": STRUCTURES["1"]}
+    recipe = Recipe(1, 0.0, batch_size=20, accumulate=2)
+    _, result = tune(without_norms(), data, recipe, structures=structures)
+    assert result.epochs[0].loss > 0
+
+
+# --- hardware
+
+
+@pytest.mark.parametrize(
+    "changes", [{"precision": "bf16"}, {"channels_last": True}], ids=["bf16", "channels last"]
+)
+def test_other_ways_to_compute_give_a_like_result(
+    changes: dict[str, Any], trained: nn.Module, data: Dataset
+) -> None:
+    plain, one = tune(trained, data, BRIEF)
+    found, other = tune(trained, data, BRIEF, hardware=Hardware(**changes))
+    assert other.stages[-1].max_residual < 1e-6
+    for name, structure in STRUCTURES.items():
+        assert relative_residual(found.get_submodule(name).weight, structure) < 1e-6
+    assert all(value.is_contiguous() for value in found.state_dict().values())
+    assert all(value.dtype == state(plain)[name].dtype for name, value in state(found).items())
+    difference = one.stages[-1].evaluation.loss - other.stages[-1].evaluation.loss
+    assert abs(difference) < 0.1 * one.stages[-1].evaluation.loss + 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled(trained: nn.Module, data: Dataset) -> None:
+    _, one = tune(trained, data, BRIEF)
+    _, other = tune(trained, data, BRIEF, hardware=Hardware(compiled=True))
+    difference = one.stages[-1].evaluation.loss - other.stages[-1].evaluation.loss
+    assert abs(difference) < 0.05
+
+
+@pytest.mark.slow
+def test_no_compiler_is_said(
+    trained: nn.Module, data: Dataset, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", (None, "/nonexistent"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    with pytest.raises(TrainingError, match=r"leave out --compile"):
+        tune(trained, data, BRIEF, hardware=Hardware(compiled=True))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_no_gpu_is_said() -> None:
+    with pytest.raises(TrainingError, match=r"--train-device cpu"):
+        Hardware(device="cuda").check()
+    Hardware().check()
