@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,10 @@ README = (ROOT / "README.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    return [
+        textwrap.dedent(block)
+        for block in re.findall(rf" *```{language}\n(.*?)```", README, re.DOTALL)
+    ]
 
 
 @pytest.fixture
@@ -52,6 +56,8 @@ def test_commands_and_snippets(workplace: Path) -> None:
         words = shlex.split(line)
         if words[0] == "structconv":
             words = [sys.executable, "-m", "structconv_cli", *words[1:]]
+        if words[0] == "torchrun":
+            words = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
         done = subprocess.run(words, cwd=workplace, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
     for snippet in blocks("python"):

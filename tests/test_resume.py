@@ -1,12 +1,15 @@
 """Conversions killed at any moment: what is kept, and that going on from it changes nothing."""
 
 import json
+import multiprocessing
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
@@ -125,37 +128,36 @@ def test_a_state_of_another_attempt_is_not_gone_on_from(tmp_path: Path) -> None:
     assert replace(keeper, tried=(None,)).load() is None  # type: ignore[arg-type]
 
 
-TRAIN_AND_SAVE = """
-import sys, torch
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-import test_resume
-print("begun", flush=True)
-model, _ = test_resume.train(test_resume.unfinished(Path(sys.argv[2])))
-torch.save(model.state_dict(), sys.argv[3])
-"""
+def train_and_save(folder: Path, result: Path, begun: Event) -> None:
+    """What a process that may be killed does."""
+    begun.set()
+    model, _ = train(unfinished(folder))
+    torch.save(model.state_dict(), result)
 
 
 def test_a_training_killed_ten_times_ends_the_same(
     uninterrupted: tuple[nn.Module, FineTuneResult], tmp_path: Path
 ) -> None:
-    moments = random.Random(0)
-    result = tmp_path / "result.pt"
-    words = [sys.executable, "-c", TRAIN_AND_SAVE, Path(__file__).parent, tmp_path / "kept", result]
-    start, kills = time.monotonic(), 0
+    # A server that has imported torch forks the processes: real ones, without the long start.
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload([__name__])
+    moments, kept, result = random.Random(0), tmp_path / "kept", tmp_path / "result.pt"
+    seconds = sum(stage.seconds for stage in uninterrupted[1].stages)
+    kills = 0
     while not result.exists():
-        assert time.monotonic() - start < 300
-        child = subprocess.Popen(words, stdout=subprocess.PIPE)
-        assert child.stdout is not None
-        assert child.stdout.readline() == b"begun\n"
+        begun = processes.Event()
+        child = processes.Process(target=train_and_save, args=(kept, result, begun))
+        child.start()
+        assert begun.wait(60)
         if kills < 10:
-            # A little longer each time, so that the last ones are late in the training.
-            time.sleep(moments.uniform(0, 0.15 * (kills + 1)))
-            child.send_signal(signal.SIGKILL)
+            # Anywhere in the training: it goes on from later each time.
+            time.sleep(moments.uniform(0, 0.3 * seconds))
+            child.kill()
             kills += 1
-        child.wait()
+        child.join(60)
+        assert child.exitcode is not None
         # An epoch is kept whole or not at all.
-        assert not (tmp_path / "kept/training.pt").exists() or unfinished(tmp_path / "kept").load()
+        assert not (kept / "training.pt").exists() or unfinished(kept).load()
     model = network()
     model.load_state_dict(torch.load(result, weights_only=True))
     assert_same(model, uninterrupted[0])
@@ -195,6 +197,7 @@ def partial(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     killed([*tiny_words(tiny, out=str(folder / "run")), *LONG], folder / "run.partial")
     assert (folder / "run.partial/training.pt").exists()
     assert not (folder / "run").exists()
+    shutil.copytree(folder / "run.partial", folder / "again.partial")
     return folder
 
 
@@ -223,23 +226,34 @@ def test_a_conversion_goes_on_to_the_same_weights(partial: Path, tiny: Path) -> 
     assert ours == theirs
 
 
-def test_force_begins_anew(tiny: Path, tmp_path: Path) -> None:
-    words = [*tiny_words(tiny, out=str(tmp_path / "run")), "--epochs=2"]
-    killed([*words, "--epochs=40"], tmp_path / "run.partial")
-    done = run(*words, "--force")
+def again(partial: Path, tiny: Path, folder: Path) -> list[str]:
+    """The unfinished conversion once more, in another folder, and its command."""
+    shutil.copytree(partial / "again.partial", folder / "run.partial")
+    return [*tiny_words(tiny, out=str(folder / "run")), *LONG]
+
+
+def test_force_begins_anew(partial: Path, tiny: Path, tmp_path: Path) -> None:
+    words = again(partial, tiny, tmp_path)
+    done = run(*words, "--epochs=2", "--sr-epochs=1", "--force")
     assert done.exit_code == 0, done.output
     assert {entry.name for entry in tmp_path.iterdir()} == {"run"}
 
 
-def test_a_damaged_state_is_said(tiny: Path, tmp_path: Path) -> None:
-    words = [*tiny_words(tiny, out=str(tmp_path / "run")), "--epochs=40"]
-    killed(words, tmp_path / "run.partial")
+def test_a_damaged_state_is_said(partial: Path, tiny: Path, tmp_path: Path) -> None:
+    words = again(partial, tiny, tmp_path)
     state = tmp_path / "run.partial/training.pt"
     state.write_bytes(state.read_bytes()[:1000])
     result = run(*words, "--resume")
     assert result.exit_code == 1
     assert "damaged" in result.output
     assert "--force" in result.output
+
+
+def test_it_goes_on_at_another_learning_rate(partial: Path, tiny: Path, tmp_path: Path) -> None:
+    done = run(*again(partial, tiny, tmp_path), "--resume", "--lr=0.001")
+    assert done.exit_code == 0, done.output
+    ours, theirs = weights(tmp_path / "run"), weights(partial / "whole")
+    assert not all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
 def test_something_else_in_the_way_is_left_alone(tiny: Path, tmp_path: Path) -> None:
@@ -266,14 +280,6 @@ def test_a_loss_that_diverges_keeps_the_last_good_state(tmp_path: Path) -> None:
     state = torch.load(tmp_path / "training.pt", weights_only=True)
     assert state["epoch"] == 1
     assert all(bool(value.isfinite().all()) for value in state["model"].values())
-
-
-def test_a_diverged_training_goes_on_at_a_lower_rate(tiny: Path, tmp_path: Path) -> None:
-    words = [*tiny_words(tiny, out=str(tmp_path / "run")), "--epochs=6"]
-    killed([*words[:-1], "--epochs=6", "--lr=0.02"], tmp_path / "run.partial")
-    if not (tmp_path / "run").exists():
-        done = run(*words, "--resume", "--lr=0.001")
-        assert done.exit_code == 0, done.output
 
 
 def test_stopping_early(tmp_path: Path) -> None:
