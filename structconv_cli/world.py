@@ -1,11 +1,12 @@
 """The processes that train together, started by torch's own launcher (torchrun)."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 from torch import distributed, nn
@@ -106,10 +107,20 @@ def joined(device: str) -> Iterator[World]:
         return
     with reached():
         distributed.init_process_group("nccl" if device == "cuda" else "gloo", timeout=_PATIENCE)
-    try:
-        yield World(distributed.get_rank(), distributed.get_world_size())
-    finally:
-        distributed.destroy_process_group()
+    yield World(distributed.get_rank(), distributed.get_world_size())
+    # Not behind a failure: what the others never answered cannot be wound up (see `leave`).
+    distributed.destroy_process_group()
+
+
+def leave(status: int) -> NoReturn:
+    """End a process that failed among others, with this exit status.
+
+    Winding up Python would destroy connections that the others never answered, and torch then now
+    and again aborts the process: seen as signal 6 in place of the status.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def local_rank() -> int:

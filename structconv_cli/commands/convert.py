@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from structconv_cli import options
-from structconv_cli.commands.failures import CHECK_FAILED, failures
+from structconv_cli.commands.failures import CHECK_FAILED, at_once_among_processes, failures
 from structconv_cli.commands.parsed import (
     parse_augmentation,
     parse_data,
@@ -68,7 +68,8 @@ def convert(
 ) -> None:
     """Fine-tune a trained CNN into its structured form, rewrite, export and verify it."""
     console = Console()
-    with failures(f"nothing was written to {out}", lambda: _kept(out)):
+    kept = failures(f"nothing was written to {out}", lambda: _kept(out))
+    with at_once_among_processes(), kept:
         from structconv_cli.conversion import ConvertRequest
         from structconv_cli.model.architecture import Architecture, parse_arguments
         from structconv_cli.onnx.lower import LoweringSettings

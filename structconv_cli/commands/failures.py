@@ -1,5 +1,6 @@
 """What can go wrong, as one paragraph and an exit status."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -35,6 +36,20 @@ def failures(written: str = "", kept: Callable[[], str] = str) -> Iterator[None]
         _fail(f"{found}. Check the disk's space and permissions.{after} {kept()}")
     except MemoryError:
         _fail(f"not enough memory. Use a smaller --batch-size, --size or dataset.{after} {kept()}")
+
+
+@contextmanager
+def at_once_among_processes() -> Iterator[None]:
+    """End this process at once where the block fails and others were training with it."""
+    try:
+        yield
+    except typer.Exit as stop:
+        if "WORLD_SIZE" in os.environ:
+            from structconv_cli.world import launched, leave
+
+            if launched():
+                leave(stop.exit_code)
+        raise
 
 
 def _fail(message: str) -> None:
