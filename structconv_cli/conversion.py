@@ -11,6 +11,7 @@ from structconv_cli.onnx.lower import Lowering, LoweringSettings
 from structconv_cli.plan import KeptLayer, Plan
 from structconv_cli.planning.proposal import ProposalSettings
 from structconv_cli.planning.targets import Targets
+from structconv_cli.reconstruction.result import ReconstructionRecord
 from structconv_cli.structure import Structure
 from structconv_cli.training.hardware import Hardware
 from structconv_cli.training.recipe import Recipe
@@ -89,10 +90,11 @@ class ConvertResult:
     Attributes:
         layers: every convolution and linear layer.
         before, after: cost of these layers together, for one image.
-        finetune: accuracy stage by stage.
+        finetune: the metric stage by stage; no stages where there is nothing to judge by.
         original_bytes, structured_bytes: sizes of the two ONNX files.
         seconds: duration of the whole conversion, verification included.
         notes: what the user should know, one sentence each.
+        reconstruction: how weights were found without training; None where they were tuned.
     """
 
     layers: tuple[LayerOutcome, ...]
@@ -103,6 +105,7 @@ class ConvertResult:
     structured_bytes: int
     seconds: float
     notes: tuple[str, ...]
+    reconstruction: ReconstructionRecord | None = None
 
 
 def layer_outcomes(
