@@ -44,16 +44,17 @@ class Approximation:
 def compare_models(
     original: Model,
     structured: Model,
-    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor | None]],
     ignore_label: int = 255,
 ) -> Approximation:
     """Run both models over batches of prepared images (B, C, H, W), and labels or masks.
 
-    Labels (B,) make it top-1 accuracy, masks (B, H, W) mIoU.
+    Labels (B,) make it top-1 accuracy, masks (B, H, W) mIoU. Without them, or where the outputs are
+    no scores for them, only outputs are compared, and the classes they predict if they are (B, K).
 
     Args:
-        original, structured: give scores (B, K), or (B, K, h, w) for masks.
-        batches: images, and class numbers.
+        original, structured: give scores (B, K), or (B, K, h, w) for masks; others are outputs.
+        batches: images, and class numbers or None.
         ignore_label: of mask pixels that are not judged.
 
     Raises:
@@ -97,22 +98,25 @@ class _Tally:
     agree: int = 0
     difference: float = 0.0
     masks: bool = False
+    labels: bool = False
     right: list[int] = field(default_factory=lambda: [0, 0])
     counts: list[torch.Tensor] = field(default_factory=list)
 
-    def add(self, before: Array, after: Array, targets: torch.Tensor) -> None:
-        self.examples += len(targets)
+    def add(self, before: Array, after: Array, targets: torch.Tensor | None) -> None:
+        self.examples += len(before)
         self.difference += float(_differences(before, after).sum())
-        self.masks = targets.ndim == 3
-        if self.masks:
+        if targets is not None and before.ndim == targets.ndim + 1 == 4:
+            self.masks = True
             self._add_masks([before, after], targets)
-            return
-        truth = targets.numpy()
-        first, second = before.argmax(1), after.argmax(1)
-        self.right[0] += int((first == truth).sum())
-        self.right[1] += int((second == truth).sum())
-        self.agree += int((first == second).sum())
-        self.judged += len(truth)
+        elif before.ndim == 2 and before.shape[1] > 1:
+            first, second = before.argmax(1), after.argmax(1)
+            self.agree += int((first == second).sum())
+            self.judged += len(first)
+            if targets is not None and targets.ndim == 1:
+                self.labels = True
+                truth = targets.numpy()
+                self.right[0] += int((first == truth).sum())
+                self.right[1] += int((second == truth).sum())
 
     def _add_masks(self, outputs: Sequence[Array], masks: torch.Tensor) -> None:
         classes = outputs[0].shape[1]
@@ -131,9 +135,11 @@ class _Tally:
         self.judged += int(judged.sum())
 
     def result(self) -> Approximation:
+        metric: Metric | None = None
+        scores: list[float | None] = [None, None]
         if self.masks:
             metric, scores = Metric("mIoU", "%"), [mean_iou(counts) for counts in self.counts]
-        else:
+        elif self.labels:
             metric = Metric("top-1 accuracy", "%")
             scores = [100 * right / self.judged for right in self.right]
         return Approximation(
@@ -142,7 +148,7 @@ class _Tally:
             metric=metric,
             original=scores[0],
             structured=scores[1],
-            agreement=100 * self.agree / max(self.judged, 1),
+            agreement=100 * self.agree / self.judged if self.judged else None,
         )
 
 

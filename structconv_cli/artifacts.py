@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+import numpy as np
 import onnx
 import safetensors
 import torch
@@ -17,12 +18,13 @@ from structconv_cli.model.inventory import Inventory
 from structconv_cli.model.signature import TensorKind
 from structconv_cli.onnx.file import load_onnx, set_metadata
 from structconv_cli.onnx.lower import LoweredLayer, Lowering
-from structconv_cli.onnx.probe import Array, dense_kernel, layer_nodes, run, run_fed, session
+from structconv_cli.onnx.probe import Array, dense_kernel, layer_nodes, run_fed, session
 from structconv_cli.plan import Plan, read_plan
-from structconv_cli.reference import BATCHES, REAL
+from structconv_cli.reference import REAL
 from structconv_cli.run_folder import RunFolder
 from structconv_cli.tasks.outputs import scores_index
-from structconv_cli.verify import Artifacts
+from structconv_cli.verify import DENSE_GRAPH, PYTORCH, Artifacts
+from structconv_cli.whole_graph import WholeGraph
 
 PLAN_KEY = "structconv.plan_sha256"
 
@@ -83,6 +85,7 @@ def load_artifacts(folder: RunFolder) -> Artifacts:
         structured_onnx=load_onnx(folder.structured_onnx),
         carried=read_json(folder.lowering, Lowering).carried,
         reference=load_tensors(folder.reference),
+        computed_by=PYTORCH if info.architecture is not None else DENSE_GRAPH,
     )
     stamps = {entry.key: entry.value for entry in artifacts.structured_onnx.metadata_props}
     for source, digest in (("run.json", info.plan_sha256), ("ONNX file", stamps.get(PLAN_KEY))):
@@ -97,9 +100,11 @@ def load_artifacts(folder: RunFolder) -> Artifacts:
 
 def scores_of(model: onnx.ModelProto) -> Callable[[Array], Array]:
     """An ONNX model of one image input, as a function of images (B, C, H, W) to class scores."""
-    runtime = session(model)
-    index = scores_index([value.name for value in model.graph.output])
-    return lambda images: run(runtime, images)[index]
+    graph = WholeGraph(model)
+    index = scores_index(graph.outputs)
+    return lambda images: np.asarray(
+        graph({graph.inputs[0]: images})[graph.outputs[index]], np.float32
+    )
 
 
 def outputs_of(model: onnx.ModelProto, artifacts: Artifacts) -> dict[str, Array]:
@@ -159,7 +164,7 @@ def _check_reference(folder: RunFolder, artifacts: Artifacts) -> None:
             f"says {', '.join((*inventory.inputs, *inventory.outputs))}. Run `structconv convert` "
             "again."
         )
-    for name in (*BATCHES, REAL):
+    for name in artifacts.sets:
         rows = set()
         for tensor_name, kind in (inventory.inputs | inventory.outputs).items():
             tensor = artifacts.reference.get(f"{name}.{tensor_name}")

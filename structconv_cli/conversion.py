@@ -90,11 +90,11 @@ class ConvertResult:
     Attributes:
         layers: every convolution and linear layer.
         before, after: cost of these layers together, for one image.
-        finetune: accuracy stage by stage.
-        reconstruction: how weights were fitted without training; None if the model was tuned.
+        finetune: the metric stage by stage; no stages where there is nothing to judge by.
         original_bytes, structured_bytes: sizes of the two ONNX files.
         seconds: duration of the whole conversion, verification included.
         notes: what the user should know, one sentence each.
+        reconstruction: how weights were found without training; None where they were tuned.
     """
 
     layers: tuple[LayerOutcome, ...]

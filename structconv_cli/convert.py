@@ -9,25 +9,25 @@ import onnx
 from torch import nn
 
 from structconv_cli import __version__
-from structconv_cli.approximation import Approximation, compare_models, compare_outputs
-from structconv_cli.artifacts import (
-    load_artifacts,
-    outputs_of,
-    save_tensors,
-    scores_of,
-    stamp,
-)
+from structconv_cli.approximation import Approximation
+from structconv_cli.artifacts import load_artifacts, save_tensors
 from structconv_cli.attempts import attempt, make_planner
 from structconv_cli.conversion import ConvertRequest, ConvertResult, layer_outcomes
-from structconv_cli.cost import Cost
-from structconv_cli.data.dataset import Dataset, load_dataset
+from structconv_cli.conversion_steps import (
+    WITHOUT_DATA,
+    chance_warning,
+    comparison,
+    lower_into,
+    run_files,
+    total_costs,
+)
+from structconv_cli.data.dataset import load_dataset
 from structconv_cli.errors import StructconvError
 from structconv_cli.json_file import write_json
 from structconv_cli.model.checkpoint import Checkpoint, save_like
 from structconv_cli.model.signature import sized
 from structconv_cli.onnx.export import export_onnx
 from structconv_cli.onnx.file import load_onnx, save_onnx
-from structconv_cli.onnx.lower import Lowering, lower
 from structconv_cli.plan import Plan
 from structconv_cli.planning.judgement import judge
 from structconv_cli.planning.pipeline import PlanFiles, check_plan_destination, write_proposal
@@ -38,18 +38,13 @@ from structconv_cli.reference import record_reference
 from structconv_cli.report.curve import draw_curve
 from structconv_cli.rewrite import rewrite
 from structconv_cli.run_folder import FORMAT, RunFolder, RunInfo, check_destination, new_run_folder
-from structconv_cli.tasks.choice import image_task, task_name
+from structconv_cli.tasks.choice import task_name
 from structconv_cli.tasks.classification import Classification
 from structconv_cli.tasks.task import Task
 from structconv_cli.training.record import FineTuneResult
 from structconv_cli.unfinished import open_unfinished
-from structconv_cli.verify import Artifacts, VerifyResult, verify
+from structconv_cli.verify import VerifyResult, verify
 from structconv_cli.world import ALONE, check_batch_size, joined
-
-_OUTPUTS_ONLY = (
-    "on the real inputs that the run folder keeps (verifying does not run the task file, so the "
-    "metric is not computed again)"
-)
 
 
 def convert(
@@ -93,17 +88,18 @@ def convert(
             dense_file = _dense_file(folder, ready.checkpoint)
             folder.write_info(_run_info(request, folder, ready.task, plan, dense_file))
         with observer.stage("lowering"):
-            lowering = _lower(folder, dense_graph, plan, ready, request, observer)
+            feeds = ready.feeds(request.lowering.target.batch_size)
+            lowering = lower_into(folder, dense_graph, plan, request.lowering, feeds, observer)
         artifacts = load_artifacts(folder)
-        compare = _comparison(artifacts, original, ready.data)
+        compare = comparison(artifacts, original, ready.data)
         verification = verify(artifacts, compare, observer)
         write_json(verification, folder.verify_result)
         layers = layer_outcomes(inventory, plan, lowering)
-        costs = [layer for layer in layers if layer.before and layer.after]
+        before, after = total_costs(layers)
         result = ConvertResult(
             layers=layers,
-            before=sum((x.before for x in costs if x.before), Cost(0, 0, 0)),
-            after=sum((x.after for x in costs if x.after), Cost(0, 0, 0)),
+            before=before,
+            after=after,
             finetune=tuning,
             original_bytes=folder.original_onnx.stat().st_size,
             structured_bytes=folder.structured_onnx.stat().st_size,
@@ -160,27 +156,21 @@ def verify_run(path: Path, observer: Observer = SILENT) -> VerifyResult:
             data = None
             if info.data is not None:
                 channels = next(iter(artifacts.inventory.inputs.values())).shape[0]
-                data = load_dataset(info.data, channels=channels, progress=observer.steps)
-        compare = _comparison(artifacts, original, data)
+                # An ONNX file may have been fitted on unlabelled images.
+                data = load_dataset(
+                    info.data,
+                    channels=channels,
+                    progress=observer.steps,
+                    need_labels=info.architecture is not None,
+                )
+        compare = comparison(artifacts, original, data)
+        if data is None and info.architecture is None:
+            compare = WITHOUT_DATA
     except StructconvError as error:
         compare = f"the data could not be loaded: {error}"
     result = verify(artifacts, compare, observer)
     write_json(result, folder.verify_result)
     return result
-
-
-def _comparison(
-    artifacts: Artifacts, original: onnx.ModelProto, data: Dataset | None
-) -> Callable[[], Approximation]:
-    """What measures the structured model against the original."""
-    structured = artifacts.structured_onnx
-    if data is None:
-        return lambda: compare_outputs(
-            outputs_of(original, artifacts), outputs_of(structured, artifacts), _OUTPUTS_ONLY
-        )
-    batches = data.batches(data.val, image_task(data).most_at_once // 4)
-    models = scores_of(original), scores_of(structured)
-    return lambda: compare_models(*models, batches, data.ignore_label)
 
 
 def _write_models(
@@ -199,24 +189,6 @@ def _write_models(
     return dense_graph
 
 
-def _lower(
-    folder: RunFolder,
-    dense: onnx.ModelProto,
-    plan: Plan,
-    ready: Prepared,
-    request: ConvertRequest,
-    observer: Observer,
-) -> Lowering:
-    """Write the lowered graph, and how it was lowered."""
-    how = request.lowering.how(ready.feeds(request.lowering.target.batch_size))
-    structured, lowering = lower(dense, plan.structures, how, observer)
-    stamp(structured, plan, lowering.layers)
-    save_onnx(structured, folder.structured_onnx)
-    write_json(lowering, folder.lowering)
-    observer.note(f"{len(lowering.layers)} layers in cheaper forms")
-    return lowering
-
-
 def _dense_file(folder: RunFolder, checkpoint: Checkpoint) -> Path:
     return folder.dense_weights(".safetensors" if checkpoint.kind == "safetensors" else ".pt")
 
@@ -224,17 +196,6 @@ def _dense_file(folder: RunFolder, checkpoint: Checkpoint) -> Path:
 def _run_info(
     request: ConvertRequest, folder: RunFolder, task: Task, plan: Plan, dense_file: Path
 ) -> RunInfo:
-    files = {
-        "plan": folder.plan,
-        "layers": folder.inventory,
-        "structured weights": folder.structured_weights,
-        "dense weights": dense_file,
-        "original model": folder.original_onnx,
-        "dense structured model": folder.dense_onnx,
-        "structured model": folder.structured_onnx,
-        "lowering": folder.lowering,
-        "reference outputs": folder.reference,
-    }
     return RunInfo(
         format=FORMAT,
         tool_version=__version__,
@@ -245,19 +206,11 @@ def _run_info(
         task=task_name(task),
         data=request.data,
         plan_sha256=plan.digest,
-        files={role: path.name for role, path in files.items()},
+        files=run_files(folder, dense_file),
     )
 
 
 def _warnings(ready: Prepared, tuning: FineTuneResult) -> list[str]:
     if not isinstance(ready.task, Classification):
         return []
-    classes = len(ready.task.data.classes)
-    original = tuning.stages[0].evaluation.score
-    if original < 200 / classes:
-        return [
-            f"The original model is right on only {original:.1f} % of the validation images, near "
-            f"chance for {classes} classes: check --mean, --std and --size against what it was "
-            "trained with, and the order of the classes."
-        ]
-    return []
+    return chance_warning(ready.task, tuning.stages[0].evaluation.score)

@@ -21,6 +21,10 @@ class DataError(StructconvError):
     """A dataset cannot be read, or does not fit the model."""
 
 
+class NoValidationError(DataError):
+    """A dataset has no validation part, and no fraction to split off is given."""
+
+
 class TaskError(StructconvError):
     """A task does not fit the model or the data, or a hook of the user's own fails."""
 

@@ -1,20 +1,58 @@
 """The ONNX graph of what the user names: an ONNX file, or a checkpoint and its architecture."""
 
+import re
 from pathlib import Path
 
 import onnx
 import torch
 
-from structconv_cli.errors import ArchitectureError
+from structconv_cli.errors import ArchitectureError, PlanError
 from structconv_cli.model.architecture import Architecture, build_model
 from structconv_cli.model.checkpoint import load_checkpoint, load_into
 from structconv_cli.model.signature import input_names
 from structconv_cli.onnx.example_inputs import Shapes
 from structconv_cli.onnx.export import export_onnx
 from structconv_cli.onnx.file import load_onnx
+from structconv_cli.onnx.graph import Graph
 from structconv_cli.onnx.lowerable import check_lowerable
 
 _TRACE_BATCH = 2
+_ONNX = re.compile(rb"\x08[\x01-\x40][\x12\x1a\x22\x28\x32\x3a\x42]")
+"""A protobuf message: the IR version, then any other field of an ONNX model."""
+
+
+def is_onnx(path: Path) -> bool:
+    """Whether a file is an ONNX model by its content, or by its name (it may be damaged)."""
+    if path.suffix == ".onnx":
+        return True
+    try:
+        with path.open("rb") as file:
+            return bool(_ONNX.match(file.read(3)))
+    except OSError:  # said by what reads it
+        return False
+
+
+def image_channels(model: onnx.ModelProto) -> int:
+    """Channels of the images that a graph of one input takes.
+
+    Raises:
+        PlanError: it takes several inputs, or no images of a fixed number of channels.
+    """
+    graph = Graph(model)
+    if len(graph.inputs) != 1:
+        raise PlanError(
+            f"the model has the inputs {', '.join(graph.inputs)}; --data gives images to a model "
+            "of one input. Leave it out to go on without data."
+        )
+    shape = graph.shape(graph.inputs[0]) or ()
+    if len(shape) == 4 and shape[1]:
+        return shape[1]
+    found = "x".join(map(str, shape))
+    raise PlanError(
+        f"the model's input {graph.inputs[0]} has the shape {found or 'of no size'}; --data gives "
+        "images, (batch, channels, height, width) with a fixed number of channels. Leave it out to "
+        "go on without data."
+    )
 
 
 def load_graph(

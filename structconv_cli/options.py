@@ -5,12 +5,15 @@ from typing import Annotated
 
 import typer
 
-Checkpoint = Annotated[Path, typer.Argument(help="Trained weights: a state_dict file.")]
+Checkpoint = Annotated[
+    Path,
+    typer.Argument(help="Trained weights: a state_dict file; or an ONNX file, which is not tuned."),
+]
 Arch = Annotated[
-    str,
+    str | None,
     typer.Option(
         rich_help_panel="Model",
-        help="FILE.py:FACTORY, the function that builds the model. It is run.",
+        help="FILE.py:FACTORY, the function that builds the model of a checkpoint. It is run.",
     ),
 ]
 Data = Annotated[
@@ -61,8 +64,12 @@ PlanFile = Annotated[
     ),
 ]
 Epochs = Annotated[
-    int,
-    typer.Option(rich_help_panel="Fine-tuning", min=0, help="Epochs of fine-tuning in all."),
+    int | None,
+    typer.Option(
+        rich_help_panel="Fine-tuning",
+        min=0,
+        help="Epochs of fine-tuning in all; 6 by default.",
+    ),
 ]
 NoFinetune = Annotated[
     bool,

@@ -1,9 +1,10 @@
-"""What a run keeps of the tuned model in PyTorch: inputs, and its outputs for them.
+"""What a run keeps of the dense structured model: inputs, and its outputs for them.
 
-`verify` runs no code of the user's, so it compares with these.
+`verify` runs no code of the user's, so it compares with these. PyTorch computed the outputs, or
+ONNX Runtime where an ONNX file was converted.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -18,24 +19,36 @@ REAL = "real inputs"
 REAL_EXAMPLES = 8
 
 
+def random_batches(fixed: int | None) -> Mapping[str, int]:
+    """Sizes of the random inputs, by name, of a model that takes `fixed` examples at once."""
+    return BATCHES if fixed is None else {f"batch {fixed}": fixed}
+
+
 @torch.no_grad()
 def record_reference(
-    model: nn.Module, inventory: Inventory, real: Sequence[torch.Tensor], seed: int = 0
+    model: nn.Module,
+    inventory: Inventory,
+    real: Sequence[torch.Tensor],
+    seed: int = 0,
+    fixed: int | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Run the dense structured model in PyTorch on random and real inputs, and keep both sides.
+    """Run the dense structured model on random and real inputs, and keep both sides.
 
     Args:
         model: the projected model, in float32.
         inventory: names and shapes.
         real: prepared inputs of the data; the first rows are used. What is not floating-point
             (class numbers, say) is taken from them in the random inputs too.
+        seed: of the random inputs.
+        fixed: the only batch size that the model takes; None for any.
 
     Returns:
         Every input and output as `SET.TENSOR`, a batch each.
     """
     generator = torch.Generator().manual_seed(seed)
-    sets = {REAL: tuple(tensor[:REAL_EXAMPLES] for tensor in real)}
-    for name, size in BATCHES.items():
+    kept = sized(real, fixed) if fixed else tuple(tensor[:REAL_EXAMPLES] for tensor in real)
+    sets = {REAL: kept}
+    for name, size in random_batches(fixed).items():
         sets[name] = tuple(
             torch.randn(size, *tensor.shape[1:], generator=generator, dtype=tensor.dtype)
             if tensor.is_floating_point()

@@ -26,11 +26,13 @@ class RunInfo:
         tool_version: structconv's version.
         created: ISO 8601 time, UTC.
         command: the command line's words.
-        checkpoint: absolute path of the user's checkpoint.
-        architecture: what built the model. Recorded only: no later step runs it.
-        task: "classification", "segmentation", or the absolute path of the user's task file.
-            Recorded only: no later step runs it.
-        data: the data it was tuned and judged on; None where the task file loads it.
+        checkpoint: absolute path of the user's checkpoint or ONNX file.
+        architecture: what built the model. Recorded only: no later step runs it. None for an ONNX
+            file.
+        task: "classification", "segmentation", the absolute path of the user's task file, or "none"
+            where nothing was judged by labels. Recorded only: no later step runs it.
+        data: the data it was tuned or fitted, and judged on; None where the task file loads it, and
+            where there was none.
         plan_sha256: digest of the plan.
         files: name in this folder of every artefact, by its role.
     """
@@ -40,7 +42,7 @@ class RunInfo:
     created: str
     command: tuple[str, ...]
     checkpoint: str
-    architecture: Architecture
+    architecture: Architecture | None
     task: str
     data: DataSpec | None
     plan_sha256: str
@@ -109,7 +111,7 @@ class RunFolder:
 
     @property
     def reference(self) -> Path:
-        """Inputs, and the outputs that PyTorch computed for them with the dense weights."""
+        """Inputs, and what PyTorch (for an ONNX file, ONNX Runtime) computed for them, dense."""
         return self.path / "reference.safetensors"
 
     @property

@@ -6,7 +6,8 @@
 (c) Structured against original on data (`approximation`); it does not decide exactness.
 
 No code of the user's is run: the layers are rebuilt from their description, and PyTorch's outputs
-for the whole model were recorded by `convert`.
+for the whole model were recorded by `convert`. An ONNX file has no PyTorch model: there, ONNX
+Runtime computed them from the dense structured graph.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -36,17 +37,20 @@ from structconv_cli.onnx.channels import Carried
 from structconv_cli.onnx.probe import layer_nodes, run_exposed, run_fed, session
 from structconv_cli.plan import Plan
 from structconv_cli.progress import SILENT, Observer
-from structconv_cli.reference import BATCHES, REAL
+from structconv_cli.reconstruction.samples import images_per_run
+from structconv_cli.reference import REAL, random_batches
 from structconv_cli.structure import Structure
 from structconv_cli.tolerance import magnitude, model_tolerance
 
 KEPT = "kept weights"
+PYTORCH, DENSE_GRAPH = "PyTorch", "structured_dense.onnx"
+"""What the whole model's outputs are compared with."""
 _LAYER_EXAMPLES = 2
 
 
 @dataclass(frozen=True, eq=False)
 class Artifacts:
-    """What `verify` reads: two sets of weights, two graphs, and PyTorch's recorded outputs.
+    """What `verify` reads: two sets of weights, two graphs, and recorded outputs.
 
     Attributes:
         plan: what was structured.
@@ -57,6 +61,7 @@ class Artifacts:
         structured_onnx: the lowered model.
         carried: the tensors of it that stand for tensors of the dense one.
         reference: inputs and outputs of the whole model, from `record_reference`.
+        computed_by: what computed these outputs.
     """
 
     plan: Plan
@@ -67,13 +72,23 @@ class Artifacts:
     structured_onnx: onnx.ModelProto
     carried: Mapping[str, Carried]
     reference: Mapping[str, torch.Tensor]
+    computed_by: str = PYTORCH
 
     def inputs(self, name: str, count: int | None = None) -> dict[str, npt.NDArray[Any]]:
-        """The first `count` rows of the model's inputs in this set of them."""
+        """The first `count` rows of the model's inputs in this set of them.
+
+        All rows where the model takes no other number of them.
+        """
+        rows = None if images_per_run(self.dense_onnx) else count
         return {
-            tensor: self.reference[f"{name}.{tensor}"][:count].numpy()
+            tensor: self.reference[f"{name}.{tensor}"][:rows].numpy()
             for tensor in self.inventory.inputs
         }
+
+    @property
+    def sets(self) -> tuple[str, ...]:
+        """Names of the sets of inputs."""
+        return (*random_batches(images_per_run(self.dense_onnx)), REAL)
 
 
 @dataclass(frozen=True)
@@ -89,6 +104,7 @@ class VerifyResult:
         approximation: structured against original on data; None if it was not measured.
         approximation_missing: why it was not; empty if it was.
         notes: what was not compared, and why; one sentence each.
+        computed_by: what computed the outputs that the whole model is compared with.
     """
 
     exact: bool
@@ -98,6 +114,7 @@ class VerifyResult:
     approximation: Approximation | None
     approximation_missing: str
     notes: tuple[str, ...] = ()
+    computed_by: str = PYTORCH
 
     @property
     def failures(self) -> tuple[Check, ...]:
@@ -139,6 +156,7 @@ def verify(
         approximation=approximation,
         approximation_missing=missing,
         notes=_left_out(artifacts.inventory),
+        computed_by=artifacts.computed_by,
     )
 
 
@@ -204,7 +222,7 @@ def _check_model(artifacts: Artifacts) -> list[Check]:
     names = list(artifacts.inventory.outputs)
     ends = [value.name for value in (*runtime.get_inputs(), *runtime.get_outputs())]
     same = ends == [*artifacts.inventory.inputs, *names]
-    for name in (*BATCHES, REAL):
+    for name in artifacts.sets:
         if not same:
             detail = f"the model's inputs and outputs are {', '.join(ends)}"
             checks.append(Check(name, "output", None, tolerance, False, detail))

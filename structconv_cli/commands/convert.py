@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,15 +16,17 @@ from structconv_cli.commands.parsed import (
     parse_data,
     parse_hardware,
     parse_targets,
+    refuse_training,
 )
 
 if TYPE_CHECKING:
     from structconv_cli.conversion import ConvertRequest
+    from structconv_cli.graph_preparation import OnnxRequest
 
 
 def convert(
     checkpoint: options.Checkpoint,
-    arch: options.Arch,
+    arch: options.Arch = None,
     data: options.Data = None,
     task: options.Task = None,
     arch_arg: options.ArchArg = None,
@@ -41,7 +44,7 @@ def convert(
     threads: options.RunThreads = 1,
     run_batch: options.RunBatch = 1,
     dry_run: options.DryRun = False,
-    epochs: options.Epochs = 6,
+    epochs: options.Epochs = None,
     no_finetune: options.NoFinetune = False,
     sr_epochs: options.SrEpochs = None,
     sr_lambda: options.SrLambda = None,
@@ -65,13 +68,20 @@ def convert(
     compile: options.Compile = False,
     forms: options.Forms = "measure",
     timings: options.Timings = None,
+    input_shape: options.InputShape = None,
 ) -> None:
-    """Fine-tune a trained CNN into its structured form, rewrite, export and verify it."""
+    """Fine-tune a trained CNN into its structured form, rewrite, export and verify it.
+
+    An ONNX file is not tuned: its weights are fitted to unlabelled images, if there are any.
+    """
     console = Console()
     kept = failures(f"nothing was written to {out}", lambda: _kept(out))
     with at_once_among_processes(), kept:
+        from structconv_cli.commands.shapes import parse_shapes
         from structconv_cli.conversion import ConvertRequest
+        from structconv_cli.graph_preparation import OnnxRequest
         from structconv_cli.model.architecture import Architecture, parse_arguments
+        from structconv_cli.model_graph import is_onnx
         from structconv_cli.onnx.lower import LoweringSettings
         from structconv_cli.onnx.target import Target
         from structconv_cli.onnx.timing_cache import default_path
@@ -79,9 +89,74 @@ def convert(
         from structconv_cli.planning.sensitivity import SensitivitySettings
         from structconv_cli.training.recipe import RECIPES, named_recipe
 
+        if no_finetune:
+            if epochs:
+                raise typer.BadParameter(f"--no-finetune and --epochs {epochs} contradict.")
+            epochs = 0
         targets = parse_targets(
             target_speedup, target_latency, target_macs, target_params, max_drop
         )
+        if plan is not None and not targets.is_empty:
+            raise typer.BadParameter("--plan is obeyed as it is; give it without a target.")
+        target, timings = Target(threads=threads, batch_size=run_batch), timings or default_path()
+        lowering = LoweringSettings(forms, target, timings)
+        proposal = ProposalSettings(
+            target,
+            timings,
+            SensitivitySettings(threads=os.cpu_count() or 1, seed=seed),
+            timings.parent / "losses",
+            1.0 if epochs == 0 else REMAINS,
+        )
+        if is_onnx(checkpoint):
+            for_checkpoints = {
+                "--arch": arch,
+                "--arch-arg": arch_arg,
+                "--task": task,
+                "--resume": resume,
+                "--epochs": epochs,
+                "--sr-epochs": sr_epochs,
+                "--sr-lambda": sr_lambda,
+                "--distill": distill,
+                "--lr": lr,
+                "--stop-at-drop": stop_at_drop,
+            }
+            refuse_training(checkpoint, for_checkpoints)
+            if dry_run:
+                raise typer.BadParameter(
+                    f"--dry-run is for checkpoints: `structconv plan {checkpoint}` plans for an "
+                    "ONNX file and changes nothing."
+                )
+            graph_request = OnnxRequest(
+                model=checkpoint,
+                shapes=parse_shapes(input_shape or []),
+                data=None
+                if data is None
+                else parse_data(data, size, mean, std, val_split, seed, ignore_label, workers),
+                out=out,
+                force=force,
+                n=n,
+                channels=channels,
+                plan_file=plan,
+                targets=targets,
+                proposal=replace(proposal, remains=1.0),
+                lowering=lowering,
+                seed=seed,
+                command=tuple(sys.argv),
+            )
+            exact = _convert_onnx(graph_request, console)
+            if not exact:
+                raise typer.Exit(CHECK_FAILED)
+            return
+        if arch is None:
+            raise typer.BadParameter(
+                f"{checkpoint} is no ONNX file, and a checkpoint holds weights only: name what "
+                "builds the model with --arch FILE.py:FACTORY."
+            )
+        if input_shape:
+            raise typer.BadParameter(
+                "--input-shape is for ONNX files; a checkpoint's model has the size of its images."
+            )
+        epochs = 6 if epochs is None else epochs
         if (data is None) == (task is None):
             raise typer.BadParameter(
                 "give either --data or --task: the images, or what loads them."
@@ -91,14 +166,10 @@ def convert(
                 "--size, --mean, --std and --val-split are for --data; the task file prepares its "
                 "own."
             )
-        if plan is not None and not targets.is_empty:
-            raise typer.BadParameter("--plan is obeyed as it is; give it without a target.")
-        epochs = 0 if no_finetune else epochs
         if recipe not in RECIPES:
             raise typer.BadParameter(f"--recipe is one of {', '.join(RECIPES)}; found {recipe!r}.")
         if sr_epochs is not None and sr_epochs > epochs:
             raise typer.BadParameter(f"--sr-epochs {sr_epochs:g} is more than --epochs {epochs}.")
-        target, timings = Target(threads=threads, batch_size=run_batch), timings or default_path()
         request = ConvertRequest(
             checkpoint=checkpoint,
             architecture=Architecture(arch, parse_arguments(arch_arg or [])),
@@ -123,15 +194,9 @@ def convert(
             plan_file=plan,
             out=out,
             force=force,
-            lowering=LoweringSettings(forms, target, timings),
+            lowering=lowering,
             targets=targets,
-            proposal=ProposalSettings(
-                target,
-                timings,
-                SensitivitySettings(threads=os.cpu_count() or 1, seed=seed),
-                timings.parent / "losses",
-                REMAINS if epochs else 1.0,
-            ),
+            proposal=proposal,
             hardware=parse_hardware(train_device, precision, channels_last, compile),
             resume=resume,
             enough=stop_at_drop,
@@ -171,13 +236,27 @@ def _convert(request: "ConvertRequest", console: Console) -> bool:
         return True
     result, verification = outcome
     console.print(convert_report(result, verification))
+    _tell_where(request.out, console)
+    return verification.exact
+
+
+def _convert_onnx(request: "OnnxRequest", console: Console) -> bool:
+    from structconv_cli.onnx_conversion import convert_onnx
+    from structconv_cli.report.conversion import convert_report
+    from structconv_cli.terminal import observer_for
+
+    result, verification = convert_onnx(request, observer_for(Console(stderr=True)))
+    console.print(convert_report(result, verification))
+    _tell_where(request.out, console)
+    return verification.exact
+
+
+def _tell_where(out: Path, console: Console) -> None:
     console.print(
-        f"Wrote [bold]{request.out}[/] with structured.onnx. How much faster it is here: "
-        "`structconv benchmark"
-        + ("`." if request.out == Path("structconv-run") else f" {request.out}`."),
+        f"Wrote [bold]{out}[/] with structured.onnx. How much faster it is here: "
+        "`structconv benchmark" + ("`." if out == Path("structconv-run") else f" {out}`."),
         highlight=False,
     )
-    return verification.exact
 
 
 def _kept(out: Path) -> str:

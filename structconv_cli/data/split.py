@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from structconv_cli.data.spec import DataSpec
-from structconv_cli.errors import DataError
+from structconv_cli.errors import DataError, NoValidationError
 
 
 class Rows(Protocol):
@@ -176,10 +176,10 @@ def require_val_split(spec: DataSpec, found: str) -> float:
         found: what the source has instead, for the message.
 
     Raises:
-        DataError: the fraction is not given.
+        NoValidationError: the fraction is not given.
     """
     if spec.val_split is None:
-        raise DataError(
+        raise NoValidationError(
             f"The data {spec.source} has no validation part (found {found}): give --val-split 0.1 "
             "to validate on a tenth of each class."
         )

@@ -18,10 +18,11 @@ import onnx
 import torch
 
 from structconv_cli.cost import Cost, structured_cost
-from structconv_cli.layer_spec import Kind, LayerSpec
+from structconv_cli.layer_spec import LayerSpec
 from structconv_cli.onnx.alternatives import Alternatives, Unit
 from structconv_cli.onnx.example_inputs import with_sizes
 from structconv_cli.onnx.graph import Graph
+from structconv_cli.onnx.node_spec import node_spec, output_size
 from structconv_cli.onnx.nodes import ConvAttributes, is_transposed, layer_of
 from structconv_cli.onnx.roles import Carry, Layer
 from structconv_cli.onnx.spaces import Space, Spaces
@@ -237,11 +238,8 @@ class Network:
     def _layer(
         self, name: str, node: onnx.NodeProto, weight: torch.Tensor, batch: int
     ) -> NetworkLayer:
-        spec = _spec(name, node, weight)
+        spec = node_spec(name, node, tuple(weight.shape))
         sizes = self._shapes.shape(node.output[0]) or ()
-        output_size = tuple(size or 1 for size in sizes[2:])
-        if spec.kind == "linear":
-            output_size = (max(1, prod(size or 1 for size in sizes[:-1]) // batch),)
         source, sink = (self.spaces.of(x) for x in (node.input[0], node.output[0]))
         wide = self._widest.layers.get(node.output[0])
         obstacle = self._widest.obstacle(wide) if wide is not None else _why_no_halves(spec)
@@ -253,7 +251,7 @@ class Network:
             spec=spec,
             node=node,
             weight=weight,
-            output_size=output_size,
+            output_size=output_size(spec, sizes, batch),
             source=source.name if source is not None else None,
             sink=sink.name if sink is not None else None,
             unit=unit,
@@ -282,25 +280,6 @@ def _why_no_halves(spec: LayerSpec) -> str:
     if not half(spec.axes[0]):
         return f"its {spec.axes[0]} input channels have no halves in whole blocks of {BLOCK}"
     return "its input's channels are not on axis 1, or its bias is not fixed"
-
-
-def _spec(name: str, node: onnx.NodeProto, weight: torch.Tensor) -> LayerSpec:
-    bias = len(node.input) > 2 and bool(node.input[2])
-    shape = tuple(weight.shape)
-    if node.op_type != "Conv":
-        return LayerSpec(name, "linear", shape, bias=bias)
-    conv = ConvAttributes.of(node, shape[2:])
-    kinds: tuple[Kind, ...] = ("conv1d", "conv2d", "conv3d")
-    return LayerSpec(
-        name,
-        kinds[len(shape) - 3],
-        shape,
-        conv.strides,
-        conv.pads,
-        conv.dilations,
-        conv.group,
-        bias=bias,
-    )
 
 
 def as_structured(

@@ -14,7 +14,7 @@ from structconv_cli.json_file import write_json
 from structconv_cli.model.architecture import Architecture, build_model
 from structconv_cli.model.inventory import first_channels
 from structconv_cli.model.signature import INPUT
-from structconv_cli.model_graph import load_graph
+from structconv_cli.model_graph import image_channels, load_graph
 from structconv_cli.onnx.example_inputs import Shapes, example_inputs
 from structconv_cli.onnx.file import load_onnx
 from structconv_cli.onnx.graph import Graph
@@ -142,21 +142,7 @@ def training_samples(task: Task, graph: onnx.ModelProto, count: int) -> Samples:
 def _channels(request: PlanRequest) -> int:
     """Channels of the images that the model takes."""
     if request.architecture is None:
-        graph = Graph(load_onnx(request.model))
-        if len(graph.inputs) != 1:
-            raise PlanError(
-                f"the model has the inputs {', '.join(graph.inputs)}; --data gives images to a "
-                "model of one input. Leave it out to plan without data."
-            )
-        shape = graph.shape(graph.inputs[0]) or ()
-        if len(shape) == 4 and shape[1]:
-            return shape[1]
-        found = "x".join(map(str, shape))
-        raise PlanError(
-            f"the model's input {graph.inputs[0]} has the shape {found or 'of no size'}; --data "
-            "gives images, (batch, channels, height, width) with a fixed number of channels. Leave "
-            "it out to plan without data."
-        )
+        return image_channels(load_onnx(request.model))
     channels = first_channels(build_model(request.architecture))
     if channels is None:
         raise PlanError("the model has no convolution, so there is nothing to plan.")

@@ -7,15 +7,22 @@ from rich.text import Text
 
 from structconv_cli.conversion import ConvertResult
 from structconv_cli.report.text import big, bytes_text, count, grouped, sizes, spaced
-from structconv_cli.report.verification import exactness_verdict
+from structconv_cli.report.verification import approximation_text, exactness_verdict
 from structconv_cli.verify import VerifyResult
 
 
 def convert_report(result: ConvertResult, verification: VerifyResult) -> RenderableType:
-    """What `convert` shows: layers, accuracy by stage, size, and whether the rewrite is exact."""
+    """What `convert` shows: layers, accuracy by stage, size, and whether the rewrite is exact.
+
+    Where nothing was judged by labels: how far the outputs are from the original's.
+    """
     kept = [(layer.note, layer.name) for layer in result.layers if layer.structure is None]
     parts: list[RenderableType] = [_layer_table(result), grouped("Kept dense", kept)]
-    parts += [_stage_table(result), _totals(result)]
+    if result.finetune.stages:
+        parts.append(_stage_table(result))
+    elif verification.approximation is not None:
+        parts.append(approximation_text(verification.approximation))
+    parts.append(_totals(result))
     parts += [Text.from_markup(f"[yellow]Note:[/] {escape(note)}") for note in result.notes]
     parts.append(exactness_verdict(verification))
     return Group(*spaced(parts))

@@ -9,7 +9,7 @@ from structconv_cli.approximation import Approximation
 from structconv_cli.exactness import Check
 from structconv_cli.graph_check import KEPT_ONNX
 from structconv_cli.report.text import spaced
-from structconv_cli.verify import KEPT, VerifyResult
+from structconv_cli.verify import KEPT, PYTORCH, VerifyResult
 
 
 def verify_report(result: VerifyResult) -> RenderableType:
@@ -17,7 +17,7 @@ def verify_report(result: VerifyResult) -> RenderableType:
     parts: list[RenderableType] = [_layer_checks(result), _worst_checks(result)]
     parts.append(_model_checks(result))
     if result.approximation is not None:
-        parts.append(_approximation(result.approximation))
+        parts.append(approximation_text(result.approximation))
     else:
         parts.append(
             Text.from_markup(
@@ -67,7 +67,9 @@ def _worst_checks(result: VerifyResult) -> Table:
 
 def _model_checks(result: VerifyResult) -> Table:
     table = Table(
-        title="Whole model, PyTorch against ONNX Runtime (relative to the largest output)",
+        title=f"Whole model, {result.computed_by} against "
+        f"{'ONNX Runtime' if result.computed_by == PYTORCH else 'structured.onnx'} "
+        "(relative to the largest output)",
         title_justify="left",
     )
     table.add_column("input")
@@ -80,14 +82,16 @@ def _model_checks(result: VerifyResult) -> Table:
     return table
 
 
-def _approximation(result: Approximation) -> Text:
+def approximation_text(result: Approximation) -> Text:
+    """What structure cost, in a sentence."""
     title = "Approximation (what structure cost; not part of the proof)"
     differ = f"outputs differ by {result.output_difference:.1%} on average."
     metric, before, after = result.metric, result.original, result.structured
-    if metric is None or before is None or after is None:
-        return Text(f"{title}, {result.note}: {differ}")
-    unit = f" {metric.unit}" if metric.unit else ""
     same = "" if result.agreement is None else f"same prediction on {result.agreement:.2f} %, "
+    if metric is None or before is None or after is None:
+        where = result.note or f"on {result.examples} validation images, labels unknown"
+        return Text(f"{title}, {where}: {same}{differ}")
+    unit = f" {metric.unit}" if metric.unit else ""
     return Text(
         f"{title}, on {result.examples} validation images: {metric.name} {before:.2f}{unit} → "
         f"{after:.2f}{unit} ({after - before:+.2f}), {same}{differ}"
