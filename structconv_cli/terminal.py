@@ -26,23 +26,34 @@ class TerminalObserver(Observer):
             transient=True,
         )
         self._task = self._progress.add_task("", visible=False, note="")
-        self._note = ""
+        self._note = self._shown = ""
 
     @contextmanager
     def stage(self, title: str) -> Iterator[None]:
-        """Show the stage, and tick it when it is done."""
+        """Show the stage, and tick it when it is done; then show the one around it again."""
+        around, self._shown = self._shown, title
+        bar = self._progress.tasks[0]
+        steps = bar.completed, bar.total
         self._note, start = "", time.perf_counter()
         self._progress.reset(self._task, description=title, total=None, visible=True, note="")
         mark = "[red]✗[/]"
-        with self._progress:
-            try:
-                yield
-                mark = "[green]✓[/]"
-            finally:
-                seconds = f"{time.perf_counter() - start:.1f} s"
-                line = f"{mark} {escape(title):<32} [dim]{seconds:>8}[/]  {escape(self._note)}"
+        if not around:
+            self._progress.start()
+        try:
+            yield
+            mark = "[green]✓[/]"
+        finally:
+            seconds = f"{time.perf_counter() - start:.1f} s"
+            line = f"{mark} {escape(title):<32} [dim]{seconds:>8}[/]  {escape(self._note)}"
+            self._progress.console.print(line.rstrip(), highlight=False)
+            self._shown = around
+            if around:
+                self._progress.update(
+                    self._task, description=around, completed=steps[0], total=steps[1], note=""
+                )
+            else:
                 self._progress.update(self._task, visible=False)
-                self._progress.console.print(line.rstrip(), highlight=False)
+                self._progress.stop()
 
     def steps(self, done: int, total: int) -> None:
         """Move the bar."""

@@ -105,8 +105,13 @@ def joined(device: str) -> Iterator[World]:
     if not launched():
         yield ALONE
         return
+    backend = "gloo"
+    if device == "cuda":
+        # Sums of scores and plans are exchanged on the CPU, gradients on the GPU.
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(local_rank())
     with reached():
-        distributed.init_process_group("nccl" if device == "cuda" else "gloo", timeout=_PATIENCE)
+        distributed.init_process_group(backend, timeout=_PATIENCE)
     yield World(distributed.get_rank(), distributed.get_world_size())
     # Not behind a failure: what the others never answered cannot be wound up (see `leave`).
     distributed.destroy_process_group()
