@@ -413,7 +413,14 @@ def test_a_damaged_weight_fails_verification_with_3(tiny_copy: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "stage", ["checkpoint", "export of the original", "training", "rewrite", "lowering"]
+    "stage",
+    [
+        pytest.param("checkpoint", marks=pytest.mark.slow),
+        pytest.param("export of the original", marks=pytest.mark.slow),
+        "training",
+        pytest.param("rewrite", marks=pytest.mark.slow),
+        "lowering",
+    ],
 )
 def test_ctrl_c_is_a_clean_stop_in_every_stage(stage: str, tiny: Path, tmp_path: Path) -> None:
     words = [*tiny_words(tiny, out=str(tmp_path / "run"), epochs="3"), "--sr-epochs=3"]

@@ -127,6 +127,7 @@ def test_shipped_checkpoint_is_accurate_and_says_so() -> None:
     assert accuracy == pytest.approx(metadata["test_accuracy"], abs=2 / 450)
 
 
+@pytest.mark.slow
 def test_one_epoch_of_training_writes_a_loadable_checkpoint(tmp_path: Path) -> None:
     out = tmp_path / "new" / "digits.pt"
     command = [sys.executable, str(SAMPLES / "train.py"), "--epochs", "1", "--out", str(out)]
