@@ -45,7 +45,8 @@ def _layer_table(result: ConvertResult) -> Table:
 
 def _stage_table(result: ConvertResult) -> Table:
     stages, metric = result.finetune.stages, result.finetune.metric
-    name = metric.name[0].upper() + metric.name[1:]
+    # Names such as mIoU keep their own capitals.
+    name = metric.name if metric.name[1:2].isupper() else metric.name.capitalize()
     unit = f" ({metric.unit})" if metric.unit else ""
     table = Table(
         title=f"{name}{unit} by stage, {count(stages[0].evaluation.examples, 'example')}",
