@@ -310,8 +310,9 @@ def test_a_graph_that_cannot_be_converted_is_refused(
 
 def test_damaged_files_and_wrong_data_are_refused(place: Path, tmp_path: Path) -> None:
     (tmp_path / "cut.onnx").write_bytes((place / "tiny.onnx").read_bytes()[:2000])
-    assert_error(run("convert", tmp_path / "cut.onnx"), "cut.onnx", "damaged or invalid")
-    assert_error(run("convert", tmp_path / "none.onnx"), "none.onnx")
+    out = ("--out", tmp_path / "run")
+    assert_error(run("convert", tmp_path / "cut.onnx", *out), "cut.onnx", "damaged or invalid")
+    assert_error(run("convert", tmp_path / "none.onnx", *out), "none.onnx")
     rng = np.random.default_rng(0)
     for shape, told in (((40, SIZE, SIZE, 3), "channel"), ((40, 4, 4), "the model takes")):
         np.savez(tmp_path / "x.npz", x=rng.integers(0, 255, shape).astype(np.uint8))
