@@ -226,7 +226,7 @@ def test_a_model_with_a_dict_of_outputs_goes_the_whole_way(
         *("--data", *data(tmp_path), "--epochs", 3),
         *("--batch-size", 6, "--forms", "split", "--lr", 0.05, "--augment", "none"),
     )
-    assert "MIoU (%) by stage, 10 examples" in told
+    assert "mIoU (%) by stage, 10 examples" in told
     assert "accuracy" not in told
     checked = run("verify", out)
     assert "The rewrite is exact" in checked
