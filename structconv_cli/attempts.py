@@ -53,6 +53,18 @@ class Attempt:
     notes: tuple[str, ...] = ()
 
 
+def backed_off(most_loss: float, predicted: float, most: float, lost: float) -> float:
+    """The loss to plan for next, where a plan lost more points than it may.
+
+    Args:
+        most_loss: what that plan was made for.
+        predicted: what it was predicted to lose, in the same unit.
+        most: points that may be lost.
+        lost: points that were.
+    """
+    return _BACK_OFF * min(most_loss, predicted) * most / lost
+
+
 def make_planner(request: ConvertRequest, ready: Prepared, observer: Observer) -> Planner:
     """Measure and predict what there is to choose from."""
     settings = request.proposal
@@ -190,7 +202,7 @@ class _Planning:
         assert last.most_loss is not None
         assert last.prediction is not None
         assert last.drop is not None
-        return _BACK_OFF * min(last.most_loss, last.prediction.loss) * drop / last.drop
+        return backed_off(last.most_loss, last.prediction.loss, drop, last.drop)
 
 
 def _nothing_structured(plan: Plan) -> str:

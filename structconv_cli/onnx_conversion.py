@@ -11,6 +11,7 @@ import torch
 
 from structconv_cli import __version__
 from structconv_cli.artifacts import load_artifacts, save_tensors
+from structconv_cli.attempts import MOST_ATTEMPTS, backed_off
 from structconv_cli.conversion import ConvertResult, layer_outcomes
 from structconv_cli.conversion_steps import (
     WITHOUT_DATA,
@@ -53,7 +54,6 @@ from structconv_cli.training.record import FineTuneResult, StageResult
 from structconv_cli.verify import VerifyResult, verify
 
 UNMEASURED = Metric("unmeasured")
-_MOST_ATTEMPTS, _BACK_OFF = 4, 0.8
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +130,7 @@ def _carried_out(request: OnnxRequest, ready: PreparedGraph, observer: Observer)
     )
     most_loss = planner.most_loss(drop) if drop is not None else None
     notes: list[str] = []
-    for _ in range(_MOST_ATTEMPTS):
+    for _ in range(MOST_ATTEMPTS):
         proposal = planner.propose(request.targets, most_loss)
         if not proposal.plan.structures:
             if notes:
@@ -148,7 +148,7 @@ def _carried_out(request: OnnxRequest, ready: PreparedGraph, observer: Observer)
             f"A plan {proposal.prediction.speedup:.2f} times as fast lost {lost:.2f} points, more "
             f"than --max-drop {drop:g}, and was given up."
         )
-        most_loss = _BACK_OFF * min(most_loss, proposal.prediction.loss) * drop / lost
+        most_loss = backed_off(most_loss, proposal.prediction.loss, drop, lost)
     raise PlanError(
         f"no plan tried loses at most {drop:g} points without training: {' '.join(notes)} Allow a "
         "larger --max-drop, ask for less, or fine-tune: convert the checkpoint with --arch."
