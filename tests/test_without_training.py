@@ -70,7 +70,7 @@ def test_the_file_takes_any_batch(tiny: Path, tmp_path: Path) -> None:
     [
         ([], "--input-shape 1x3x224x224, or --data"),
         ([SHAPE, "--data={tiny}/data.npz"], "the model has the size of its data"),
-        ([SHAPE, "--size=8"], "are for --data"),
+        ([SHAPE, "--size=8"], "--augment are for --data"),
         ([SHAPE, "--max-drop=1"], "not judged by labels"),
         (["--input-shape=1x1x8"], "does not run on images of shape"),
         (["--input-shape=a=1x1x8x8"], "of 1 inputs has input"),

@@ -50,7 +50,7 @@ def convert(
     accumulate: tuning_options.Accumulate = 1,
     lr: tuning_options.LearningRate = None,
     stop_at_drop: tuning_options.StopAtDrop = None,
-    augment: tuning_options.Augment = "crop",
+    augment: tuning_options.Augment = None,
     size: options.Size = None,
     mean: options.Mean = "",
     std: options.Std = "",
@@ -86,8 +86,10 @@ def convert(
         from structconv_cli.model_graph import is_onnx
 
         onnx = is_onnx(checkpoint)
-        if data is None and (size or mean or std or val_split):
-            raise typer.BadParameter("--size, --mean, --std and --val-split are for --data.")
+        if data is None and (size or mean or std or val_split or augment):
+            raise typer.BadParameter(
+                "--size, --mean, --std, --val-split and --augment are for --data."
+            )
         wish = Wish(
             model=checkpoint,
             data=None
@@ -135,7 +137,7 @@ def convert(
                     learning_rate=lr,
                     sr_lambda=sr_lambda,
                     distillation=distill,
-                    augment=parse_augmentation(augment),
+                    augment=parse_augmentation(augment or "crop"),
                 ),
                 parse_hardware(train_device, precision, channels_last, compile),
                 resume,
