@@ -77,9 +77,8 @@ def is_reversible(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | N
         weight, bias: what it computes now.
     """
     generator = torch.Generator().manual_seed(0)
-    wanted = (
-        torch.randn(weight.shape, generator=generator).to(weight) * weight.std() + weight.mean()
-    )
+    size = float(weight.abs().mean()) or 1.0
+    wanted = (torch.randn(weight.shape, generator=generator) + 0.5).to(weight) * size
     shift = torch.randn(bias.shape, generator=generator).to(bias) if bias is not None else None
     layer = copy.deepcopy(module)
     try:
