@@ -114,7 +114,7 @@ def test_installed_modules_are_not_shadowed_away(tmp_path: Path):
         ("net.py", {}, ["'net.py'", "FILE.py:FACTORY"]),
         ("package.models:net", {}, ["package.models:net", "pip install package"]),
         ("json.nothing:net", {}, ["json.nothing", "FILE.py:FACTORY"]),
-        ("json:Net", {}, ["package json", "'Net'", "JSON", "dump"]),
+        ("json:Net", {}, ["package json", "'Net'", "dump"]),
         ("json:dumps", {}, ["dumps()", "of json", "missing", "'obj'"]),
         ("textwrap:dedent", {"text": "x"}, ["dedent of textwrap", "str", "nn.Module"]),
         ("tf:resnet18.a1", {}, ["tf:resnet18.a1", "torchvision:NAME", "timm:NAME"]),
