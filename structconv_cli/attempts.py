@@ -15,7 +15,6 @@ from structconv_cli.conversion import ConvertRequest
 from structconv_cli.errors import PlanError
 from structconv_cli.plan import Plan
 from structconv_cli.planning.check import check_plan
-from structconv_cli.planning.pipeline import training_samples
 from structconv_cli.planning.prediction import Prediction
 from structconv_cli.planning.proposal import Planner
 from structconv_cli.preparation import Prepared
@@ -68,8 +67,7 @@ def backed_off(most_loss: float, predicted: float, most: float, lost: float) -> 
 def make_planner(request: ConvertRequest, ready: Prepared, observer: Observer) -> Planner:
     """Measure and predict what there is to choose from."""
     settings = request.proposal
-    samples = training_samples(ready.task, ready.original, request.images)
-    feeds = ready.feeds(settings.target.batch_size)
+    feeds, samples = ready.feeds(settings.target.batch_size), ready.samples(request.images)
     return Planner(ready.original, feeds, samples, settings, ready.inventory.refused, observer)
 
 
@@ -139,6 +137,7 @@ def _tuned(
             entry.prediction,
             *reconstruct_model(ready, plan.structures, request.recipe, request.images, observer),
         )
+    assert ready.task is not None
     model, tuning = finetune(
         ready.model,
         plan.structures,

@@ -7,6 +7,7 @@ from structconv_cli.cost import Cost, dense_cost, structured_cost
 from structconv_cli.data.spec import DataSpec
 from structconv_cli.model.architecture import Architecture
 from structconv_cli.model.inventory import Inventory
+from structconv_cli.onnx.example_inputs import Shapes
 from structconv_cli.onnx.lower import Lowering, LoweringSettings
 from structconv_cli.plan import KeptLayer, Plan
 from structconv_cli.planning.proposal import ProposalSettings
@@ -27,7 +28,8 @@ class ConvertRequest:
     Attributes:
         checkpoint: the user's checkpoint file.
         architecture: what builds the model that it fits.
-        data: what to tune and judge on; None where the task file loads it.
+        data: what to tune or fit, and judge on; None where the task file loads it, or there is
+            none, and nothing is tuned.
         recipe: how to fine-tune.
         n, channels: the rule for all layers (see `planning.rule`), where there is no plan file.
         plan_file: a plan to obey instead.
@@ -41,6 +43,7 @@ class ConvertRequest:
         enough: drop, in the metric's unit, at which fine-tuning stops early; None to go on.
         lowering: how the ONNX forms are chosen.
         task: the user's own task file, which is run; None for the task that the data has.
+        shapes: sizes of the model's inputs, where neither data nor a task file tells them.
         command: the command line's words, for the record.
     """
 
@@ -59,6 +62,7 @@ class ConvertRequest:
     images: int = 512
     hardware: Hardware = field(default_factory=Hardware)
     task: Path | None = None
+    shapes: Shapes = field(default_factory=dict)
     resume: bool = False
     enough: float | None = None
     command: tuple[str, ...] = ()

@@ -30,6 +30,11 @@ WITHOUT_DATA = (
     "the model was converted without data. Its accuracy is unmeasured: give --data to `structconv "
     "convert`, or judge structured.onnx yourself."
 )
+NOISE = 'The "real inputs" that the run folder keeps are noise, for lack of data.'
+UNLABELLED = (
+    "The images have no labels, so accuracy is unmeasured; how far the outputs are from the "
+    "original's is."
+)
 
 
 def lower_into(

@@ -38,9 +38,8 @@ from structconv_cli.reference import record_reference
 from structconv_cli.report.curve import draw_curve
 from structconv_cli.rewrite import rewrite
 from structconv_cli.run_folder import FORMAT, RunFolder, RunInfo, check_destination, new_run_folder
-from structconv_cli.tasks.choice import task_name
+from structconv_cli.tasks.choice import NO_TASK, task_name
 from structconv_cli.tasks.classification import Classification
-from structconv_cli.tasks.task import Task
 from structconv_cli.training.record import FineTuneResult
 from structconv_cli.unfinished import open_unfinished
 from structconv_cli.verify import VerifyResult, verify
@@ -86,12 +85,12 @@ def convert(
                 draw_curve(found.prediction, folder.curve)
             write_json(inventory, folder.inventory)
             dense_file = _dense_file(folder, ready.checkpoint)
-            folder.write_info(_run_info(request, folder, ready.task, plan, dense_file))
+            folder.write_info(_run_info(request, folder, ready, plan, dense_file))
         with observer.stage("lowering"):
             feeds = ready.feeds(request.lowering.target.batch_size)
             lowering = lower_into(folder, dense_graph, plan, request.lowering, feeds, observer)
         artifacts = load_artifacts(folder)
-        compare = comparison(artifacts, original, ready.data)
+        compare = comparison(artifacts, original, ready.data) if ready.source else WITHOUT_DATA
         verification = verify(artifacts, compare, observer)
         write_json(verification, folder.verify_result)
         layers = layer_outcomes(inventory, plan, lowering)
@@ -105,7 +104,7 @@ def convert(
             structured_bytes=folder.structured_onnx.stat().st_size,
             seconds=time.perf_counter() - start,
             notes=(
-                *(ready.data.notes if ready.data else ()),
+                *ready.notes,
                 *found.notes,
                 *_warnings(ready, tuning),
                 *(found.reconstruction.notes if found.reconstruction else ()),
@@ -156,16 +155,16 @@ def verify_run(path: Path, observer: Observer = SILENT) -> VerifyResult:
             data = None
             if info.data is not None:
                 channels = next(iter(artifacts.inventory.inputs.values())).shape[0]
-                # An ONNX file may have been fitted on unlabelled images.
                 data = load_dataset(
                     info.data,
                     channels=channels,
                     progress=observer.steps,
-                    need_labels=info.architecture is not None,
+                    need_labels=info.task != NO_TASK,
                 )
-        compare = comparison(artifacts, original, data)
-        if data is None and info.architecture is None:
+        if data is None and info.task == NO_TASK:
             compare = WITHOUT_DATA
+        else:
+            compare = comparison(artifacts, original, data)
     except StructconvError as error:
         compare = f"the data could not be loaded: {error}"
     result = verify(artifacts, compare, observer)
@@ -194,7 +193,7 @@ def _dense_file(folder: RunFolder, checkpoint: Checkpoint) -> Path:
 
 
 def _run_info(
-    request: ConvertRequest, folder: RunFolder, task: Task, plan: Plan, dense_file: Path
+    request: ConvertRequest, folder: RunFolder, ready: Prepared, plan: Plan, dense_file: Path
 ) -> RunInfo:
     return RunInfo(
         format=FORMAT,
@@ -203,8 +202,8 @@ def _run_info(
         command=request.command,
         checkpoint=str(request.checkpoint.absolute()),
         architecture=request.architecture,
-        task=task_name(task),
-        data=request.data,
+        task=task_name(ready.task),
+        data=ready.spec,
         plan_sha256=plan.digest,
         files=run_files(folder, dense_file),
     )

@@ -1,6 +1,6 @@
 """All that the conversion of an ONNX file starts from, loaded and checked before the long work."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +8,11 @@ import numpy.typing as npt
 import onnx
 import torch
 
+from structconv_cli.conversion_steps import NOISE, UNLABELLED
 from structconv_cli.data.dataset import Dataset, load_dataset
+from structconv_cli.data.hold_out import load_or_hold_out
 from structconv_cli.data.spec import DataSpec
-from structconv_cli.errors import NoValidationError, PlanError, TaskError
+from structconv_cli.errors import PlanError, TaskError
 from structconv_cli.graph_inventory import graph_inventory
 from structconv_cli.graph_module import ScoresModule
 from structconv_cli.model.inventory import Inventory
@@ -34,7 +36,6 @@ from structconv_cli.tasks.choice import image_task
 from structconv_cli.tasks.classification import Classification
 from structconv_cli.tasks.segmentation import Segmentation
 
-_VAL_SPLIT = 0.1
 _BATCH = 2
 
 
@@ -120,7 +121,7 @@ def prepare_graph(request: OnnxRequest, observer: Observer) -> PreparedGraph:
         rows = images_per_run(graph) or REAL_EXAMPLES
         noise = example_inputs(graph, rows, request.shapes, request.seed)
         real = tuple(torch.from_numpy(array) for array in noise.values())
-        notes.append('The "real inputs" that the run folder keeps are noise, for lack of data.')
+        notes.append(NOISE)
     else:
         with observer.stage("data"):
             spec, data, found = _load(request.data, graph, observer)
@@ -153,22 +154,16 @@ def _feeds(
 
 def _load(
     spec: DataSpec, graph: onnx.ModelProto, observer: Observer
-) -> tuple[DataSpec, Dataset, list[str]]:
-    """Load images; a tenth is held out where the data has no validation part."""
+) -> tuple[DataSpec, Dataset, tuple[str, ...]]:
+    """Load images."""
 
     def load(spec: DataSpec) -> Dataset:
         channels = image_channels(graph)
         return load_dataset(spec, channels=channels, progress=observer.steps, need_labels=False)
 
-    notes = []
-    try:
-        data = load(spec)
-    except NoValidationError:
-        spec = replace(spec, val_split=_VAL_SPLIT)
-        data = load(spec)
-        notes = ["A tenth of the images was held out to judge the result (--val-split 0.1)."]
+    found, data, notes = load_or_hold_out(spec, load)
     observer.note(f"{len(data.train)} training and {len(data.val)} validation images")
-    return spec, data, notes
+    return found, data, notes
 
 
 def _judge(
@@ -180,10 +175,7 @@ def _judge(
         DataError: the data has classes that the model does not have.
     """
     if data.train.targets is None:
-        return None, (
-            "The images have no labels, so accuracy is unmeasured; how far the outputs are from "
-            "the original's is."
-        )
+        return None, UNLABELLED
     task = image_task(data)(data, seed=seed)
     try:
         task.check(ScoresModule(graph))

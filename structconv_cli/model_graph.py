@@ -5,6 +5,7 @@ from pathlib import Path
 
 import onnx
 import torch
+from torch import nn
 
 from structconv_cli.errors import ArchitectureError, PlanError
 from structconv_cli.model.architecture import Architecture, build_model
@@ -89,12 +90,31 @@ def load_graph(
     checkpoint = load_checkpoint(path)
     built = build_model(architecture)
     load_into(built, checkpoint)
-    names = input_names(built, len(shapes))
+    built.float().eval()
+    return export_onnx(built, *noise_inputs(built, shapes, _TRACE_BATCH)), ()
+
+
+def noise_inputs(
+    model: nn.Module, shapes: Shapes, batch: int, seed: int = 0
+) -> tuple[torch.Tensor, ...]:
+    """Normal noise for a model's inputs.
+
+    Args:
+        model: the model.
+        shapes: sizes of its inputs, the batch first: of one input as "input", of several by the
+            names of its forward pass's parameters.
+        batch: examples, in place of the first size.
+        seed: of the noise.
+
+    Raises:
+        ArchitectureError: the names are not those of the inputs.
+    """
+    names = input_names(model, len(shapes))
     if set(names) != set(shapes):
         raise ArchitectureError(
             f"--input-shape gives sizes for {', '.join(shapes)}; a model of {len(shapes)} inputs "
             f"has {', '.join(names)}. Give the size of each, such as "
             f"{' '.join(f'--input-shape {name}=1x3x224x224' for name in names)}."
         )
-    example = [torch.randn(_TRACE_BATCH, *shapes[name][1:]) for name in names]
-    return export_onnx(built.float().eval(), *example), ()
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(batch, *shapes[name][1:], generator=generator) for name in names)

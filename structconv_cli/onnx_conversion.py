@@ -48,12 +48,10 @@ from structconv_cli.report.curve import draw_curve
 from structconv_cli.run_folder import FORMAT, RunFolder, RunInfo, check_destination, new_run_folder
 from structconv_cli.tasks.choice import task_name
 from structconv_cli.tasks.classification import Classification
-from structconv_cli.tasks.task import Metric
+from structconv_cli.tasks.task import UNMEASURED
 from structconv_cli.training.recipe import named_recipe
 from structconv_cli.training.record import FineTuneResult, StageResult
 from structconv_cli.verify import VerifyResult, verify
-
-UNMEASURED = Metric("unmeasured")
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,7 +245,7 @@ def _run_info(request: OnnxRequest, folder: RunFolder, ready: PreparedGraph, pla
         command=request.command,
         checkpoint=str(request.model.absolute()),
         architecture=None,
-        task=task_name(ready.task) if ready.task is not None else "none",
+        task=task_name(ready.task),
         data=ready.spec,
         plan_sha256=plan.digest,
         files=run_files(folder, _dense_weights(folder)),

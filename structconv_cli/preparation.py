@@ -1,6 +1,7 @@
 """All that a conversion starts from, loaded and checked before the long work."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy.typing as npt
@@ -9,17 +10,23 @@ import torch
 from torch import nn
 
 from structconv_cli.conversion import ConvertRequest
+from structconv_cli.conversion_steps import NOISE, UNLABELLED
 from structconv_cli.data.dataset import Dataset, load_dataset
+from structconv_cli.data.hold_out import load_or_hold_out
+from structconv_cli.data.spec import DataSpec
 from structconv_cli.errors import PlanError, StructconvError
 from structconv_cli.model.architecture import build_model
 from structconv_cli.model.checkpoint import Checkpoint, load_checkpoint, load_into
 from structconv_cli.model.inventory import Inventory, first_channels, take_inventory
 from structconv_cli.model.signature import sized
+from structconv_cli.model_graph import noise_inputs
 from structconv_cli.onnx.export import export_onnx
 from structconv_cli.plan import Plan, read_plan
 from structconv_cli.planning.check import check_plan
+from structconv_cli.planning.pipeline import training_samples
 from structconv_cli.planning.rule import rule_plan
 from structconv_cli.progress import Observer
+from structconv_cli.reconstruction.samples import Samples
 from structconv_cli.reference import REAL_EXAMPLES
 from structconv_cli.tasks.choice import task_for
 from structconv_cli.tasks.classification import Classification
@@ -36,44 +43,75 @@ class Prepared:
     Attributes:
         checkpoint: the user's weights.
         model: with these weights, in eval mode.
-        data: to tune and judge on; None where the task file loads it.
-        task: what the model is tuned for and judged by.
-        real: the model's inputs, one tensor each, for some validation examples.
+        spec: the data as it was loaded; None where the task file loads it, or there is none.
+        data: to tune and judge on; likewise.
+        source: gives examples to fit on and to plan with; None where there is no data.
+        task: what the model is tuned for and judged by; None where nothing is labelled.
+        real: the model's inputs, one tensor each, for some validation examples; noise where there
+            is no data.
         inventory: the model's layers.
         given: the plan of a file or of the rule; None if one is to be made for targets.
         original: the model as an ONNX graph.
+        notes: what the user should know, one sentence each.
     """
 
     checkpoint: Checkpoint
     model: nn.Module
+    spec: DataSpec | None
     data: Dataset | None
-    task: Task
+    source: Task | None
+    task: Task | None
     real: tuple[torch.Tensor, ...]
     inventory: Inventory
     given: Plan | None
     original: onnx.ModelProto
+    notes: tuple[str, ...]
 
     def feeds(self, batch: int) -> dict[str, npt.NDArray[Any]]:
         """A batch of the model's inputs by name, to time it with."""
         inputs = zip(self.inventory.inputs, sized(self.real, batch), strict=True)
         return {name: tensor.numpy() for name, tensor in inputs}
 
+    def samples(self, count: int) -> Samples | None:
+        """Some training examples as the graph's inputs; None where there is no data."""
+        return training_samples(self.source, self.original, count) if self.source else None
+
 
 def prepare(request: ConvertRequest, world: World, observer: Observer) -> Prepared:
-    """Load and check all that a conversion starts from, before the long work."""
+    """Load and check all that a conversion starts from, before the long work.
+
+    Raises:
+        StructconvError: whatever is wrong with it.
+    """
     with observer.stage("checkpoint"):
         checkpoint, model = _load_model(request)
     with observer.stage("data"):
-        data, task = _load_task(request, model, world, observer)
-        real = task.examples(REAL_EXAMPLES)
+        spec, data, source, task, notes = _load_data(request, model, world, observer)
+        if source is None:
+            real = noise_inputs(model, request.shapes, REAL_EXAMPLES, request.recipe.seed)
+        else:
+            real = source.examples(REAL_EXAMPLES)
         _check_drop(request, task)
     with observer.stage("export of the original"):
         example = sized(real, TRACE_BATCH)
         inventory = take_inventory(model, *example)
-        task.check(model)
+        if task is not None:
+            task.check(model)
         given = given_plan(request, inventory) if request.targets.is_empty else None
         original = export_onnx(model, *example)
-    return Prepared(checkpoint, model, data, task, real, inventory, given, original)
+    return Prepared(
+        checkpoint,
+        model,
+        spec,
+        data,
+        source,
+        task,
+        real,
+        inventory,
+        given,
+        original,
+        tuple(notes),
+    )
 
 
 def given_plan(request: ConvertRequest, inventory: Inventory) -> Plan:
@@ -94,9 +132,10 @@ def _load_model(request: ConvertRequest) -> tuple[Checkpoint, nn.Module]:
     return checkpoint, model.float().eval()
 
 
-def _load_task(
+def _load_data(
     request: ConvertRequest, model: nn.Module, world: World, observer: Observer
-) -> tuple[Dataset | None, Task]:
+) -> tuple[DataSpec | None, Dataset | None, Task | None, Task | None, list[str]]:
+    """The data, what gives examples of it, what judges by it, and notes."""
     channels = first_channels(model)
     if channels is None:
         raise PlanError(
@@ -104,19 +143,31 @@ def _load_task(
             "is nothing to structure. structconv is for convolutional networks."
         )
     if request.task is not None:
-        return None, task_for(request.task, request.recipe, world)
-    assert request.data is not None
-    data = load_dataset(request.data, channels=channels, progress=observer.steps)
+        task = task_for(request.task, request.recipe, world)
+        return None, None, task, task, []
+    if request.data is None:
+        return None, None, None, None, [NOISE]
+    trains = request.recipe.epochs > 0
+    load = partial(load_dataset, channels=channels, progress=observer.steps, need_labels=trains)
+    spec, notes = request.data, tuple[str, ...]()
+    if trains:
+        data = load(spec)
+    else:
+        spec, data, notes = load_or_hold_out(spec, load)
     if len(data.train) < 2:
         raise StructconvError("the training part has a single image; expected at least 2.")
     observer.note(f"{len(data.train)} training and {len(data.val)} validation images")
-    return data, task_for(data, request.recipe, world)
+    source = task_for(data, request.recipe, world)
+    labelled = data.train.targets is not None
+    every = [*data.notes, *notes, *(() if labelled else (UNLABELLED,))]
+    return spec, data, source, source if labelled else None, every
 
 
-def _check_drop(request: ConvertRequest, task: Task) -> None:
+def _check_drop(request: ConvertRequest, task: Task | None) -> None:
     if request.targets.max_drop is not None and not isinstance(task, Classification):
+        judged = f"judged by {task.metric.name}" if task is not None else "not judged by labels"
         raise PlanError(
-            f"--max-drop is about points of accuracy, which are predicted from images with one "
-            f"label each; the task here is judged by {task.metric.name}. Give another target, such "
-            "as --target-speedup."
+            "--max-drop is about points of accuracy, which are predicted from images with one "
+            f"label each; here the model is {judged}. Give another target, such as "
+            "--target-speedup."
         )

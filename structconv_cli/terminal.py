@@ -1,4 +1,5 @@
-"""What a person sees while work goes on: stages with ticks, steps with a bar and the time left."""
+"""What a person sees while work goes on: on a terminal stages with ticks, steps with a bar and the
+time left; in a log file a line for each stage, and for what is new in a long one."""
 
 import time
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from structconv_cli.progress import SILENT, Observer
+from structconv_cli.progress import Observer
 
 
 class TerminalObserver(Observer):
@@ -65,6 +66,41 @@ class TerminalObserver(Observer):
         self._progress.update(self._task, note=text)
 
 
+class LogObserver(Observer):
+    """Writes a line for each stage that is done, and for notes of stages that take long."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._note, self._title, self._last = "", "", time.perf_counter()
+
+    @contextmanager
+    def stage(self, title: str) -> Iterator[None]:
+        """Say how long the stage took and what came of it, or that it failed."""
+        around, self._title, self._note = self._title, title, ""
+        start, done = time.perf_counter(), "failed"
+        try:
+            yield
+            done = "done"
+        finally:
+            self._write(title, f"{done} after {time.perf_counter() - start:.1f} s")
+            self._title, self._note = around, ""
+
+    def note(self, text: str) -> None:
+        """Keep it for the end of the stage; say it now if nothing was said for a while."""
+        self._note = text
+        if time.perf_counter() - self._last > _SILENCE:
+            self._write(self._title, "")
+
+    def _write(self, title: str, what: str) -> None:
+        line = f"{title}: " + "; ".join(part for part in (what, self._note) if part)
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._last = time.perf_counter()
+
+
+_SILENCE = 20.0
+"""Seconds after which a log says what is new before the stage is done."""
+
+
 def observer_for(console: Console) -> Observer:
-    """A live observer on a terminal, a silent one elsewhere."""
-    return TerminalObserver(console) if console.is_terminal else SILENT
+    """A live observer on a terminal, one that writes lines elsewhere."""
+    return TerminalObserver(console) if console.is_terminal else LogObserver(console)

@@ -125,10 +125,10 @@ LearningRate = Annotated[
     ),
 ]
 Augment = Annotated[
-    str,
+    str | None,
     typer.Option(
         rich_help_panel="Data",
         help="Random changes to training images, such as crop,flip, or none. Known: crop, flip, "
-        "resized-crop, vflip, rotate, color, erase.",
+        "resized-crop, vflip, rotate, color, erase. By default crop. Not with --task.",
     ),
 ]

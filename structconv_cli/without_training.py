@@ -6,7 +6,7 @@ What `--no-finetune` does in place of `training.finetune`, with the same kind of
 import copy
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from structconv_cli.reconstruction.samples import Samples
 from structconv_cli.reconstruction.sequential import reconstruct
 from structconv_cli.rewrite import project_weights, residuals
 from structconv_cli.structure import Structure
-from structconv_cli.tasks.task import Batch, Evaluation, Outputs, Task
+from structconv_cli.tasks.task import UNMEASURED, Batch, Evaluation, Outputs, Task
 from structconv_cli.training.recipe import Recipe
 from structconv_cli.training.record import FineTuneResult, StageResult
 
@@ -35,7 +35,8 @@ def reconstruct_model(
     """Return a copy of the model with its planned weights inside their subspaces, and the records.
 
     Stages: the original, its weights projected, and fitted by least squares on `images` training
-    examples, whose labels are not read.
+    examples, whose labels are not read. Without data it ends with the projection, and without
+    labels no stage is judged.
 
     Args:
         ready: the model, its graph and its task.
@@ -47,37 +48,40 @@ def reconstruct_model(
     stages: list[StageResult] = []
     graph, task = ready.original, ready.task
 
-    def stage(name: str, model: nn.Module, work: Callable[[], None] = lambda: None) -> None:
-        with observer.stage(name):
-            start = time.perf_counter()
-            work()
-            seconds = time.perf_counter() - start
+    def judge(name: str, model: nn.Module, seconds: float) -> None:
+        if task is not None:
             found = _judged(model, task)
             residual = max(residuals(model, structures).values(), default=0.0)
             stages.append(StageResult(name, found, residual, seconds))
             observer.note(task.metric.text(found.score))
 
-    stage("original", ready.model)
-    projected = copy.deepcopy(ready.model)
-    stage("projected", projected, lambda: project_weights(projected, structures))
-    fitted = copy.deepcopy(ready.model)
-    records = []
-
-    def fit() -> None:
+    if task is not None:
+        with observer.stage("original"):
+            judge("original", ready.model, 0.0)
+    if ready.source is not None and task is not None:
+        with observer.stage("projected"):
+            projected = copy.deepcopy(ready.model)
+            project_weights(projected, structures)
+            judge("projected", projected, 0.0)
+    name = "least squares" if ready.source is not None else "projected"
+    with observer.stage(name):
+        start = time.perf_counter()
+        fitted = copy.deepcopy(ready.model)
         settings = ReconstructionSettings(
             without_bias=layers_without_bias(fitted, graph),
             threads=os.cpu_count() or 1,
             seed=recipe.seed,
         )
-        tensors, _ = task.samples(images)
-        inputs = zip(ready.inventory.inputs, tensors, strict=True)
-        samples = Samples({name: tensor.numpy() for name, tensor in inputs})
+        samples = None
+        if ready.source is not None:
+            tensors, _ = ready.source.samples(images)
+            inputs = zip(ready.inventory.inputs, tensors, strict=True)
+            samples = Samples({name: tensor.numpy() for name, tensor in inputs})
         found = reconstruct(graph, structures, samples, settings)
         apply_to_module(fitted, graph, found)
-        records.append(found.record)
-
-    stage("least squares", fitted, fit)
-    return fitted.eval(), FineTuneResult(recipe, task.metric, tuple(stages), ()), records[0]
+        judge(name, fitted, time.perf_counter() - start)
+    metric = task.metric if task is not None else UNMEASURED
+    return fitted.eval(), FineTuneResult(recipe, metric, tuple(stages), ()), found.record
 
 
 def _judged(model: nn.Module, task: Task) -> Evaluation:

@@ -16,6 +16,8 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 from test_lower_command import IMAGE, conv, network, outputs_of, value
 from test_onnx_lower import U
@@ -421,3 +423,40 @@ def test_a_fused_node_counts_for_what_it_was_fused_into(kind: str) -> None:
     ms = measure.in_place(Choice({}, {})).ms
     assert ms[output] > 0
     assert ms["b"] > 0
+
+
+class TestSlowdown:
+    """A machine that others use too runs at another speed from one minute to the next."""
+
+    @given(
+        times=st.dictionaries(st.text(min_size=1), st.floats(0.01, 100), min_size=1),
+        factor=st.floats(1.2, 10) | st.floats(0.1, 0.8),
+    )
+    def test_it_is_what_known_nodes_tell(self, times: dict[str, float], factor: float) -> None:
+        now = {name: ms * factor for name, ms in times.items()}
+        assert measuring.slowdown(times, now) == pytest.approx(factor)
+
+    def test_small_changes_are_noise(self) -> None:
+        assert measuring.slowdown({"a": 1.0, "b": 2.0}, {"a": 1.05, "b": 2.1}) == 1
+
+    def test_new_nodes_say_nothing(self) -> None:
+        assert measuring.slowdown({"a": 1.0, "b": None}, {"a": 2.0, "b": 50.0}) == 1
+        assert measuring.slowdown({"a": None}, {"a": 2.0}) == 1
+        assert measuring.slowdown({"a": 1.0, "b": None}, {"a": 2.0, "b": 5.0}) == 2
+
+    def test_new_times_are_corrected_by_it(self) -> None:
+        """To what a machine of an eighth of the speed once measured, new times are fitted."""
+        alternatives = possible(network())
+        dense = alternatives.choice((), Form())
+        pooled = alternatives.choice((), Form("dense", "average"))
+        cache, slow = TimingCache(None, "here"), TimingCache(None, "here")
+        measure = measuring.Measure(alternatives, Target(), image(), cache)
+        known = measure.in_place(dense)
+        quick = measure.in_place(pooled)
+        for key in measure._keys(known.rebuilt).values():
+            ms = cache.get(key)
+            assert ms is not None
+            slow.put(key, 8 * ms)
+        fitted = measuring.Measure(alternatives, Target(), image(), slow).in_place(pooled)
+        assert 1 / 24 < fitted.slowdown < 3 / 8
+        assert 8 / 3 < sum(fitted.ms.values()) / sum(quick.ms.values()) < 24

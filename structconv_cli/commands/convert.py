@@ -1,8 +1,5 @@
 """`structconv convert`."""
 
-import os
-import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +13,6 @@ from structconv_cli.commands.parsed import (
     parse_data,
     parse_hardware,
     parse_targets,
-    refuse_training,
 )
 
 if TYPE_CHECKING:
@@ -54,7 +50,7 @@ def convert(
     accumulate: tuning_options.Accumulate = 1,
     lr: tuning_options.LearningRate = None,
     stop_at_drop: tuning_options.StopAtDrop = None,
-    augment: tuning_options.Augment = "crop",
+    augment: tuning_options.Augment = None,
     size: options.Size = None,
     mean: options.Mean = "",
     std: options.Std = "",
@@ -77,37 +73,45 @@ def convert(
     console = Console()
     kept = failures(f"nothing was written to {out}", lambda: _kept(out))
     with at_once_among_processes(), kept:
+        from structconv_cli.commands.requests import (
+            Wish,
+            checkpoint_request,
+            onnx_request,
+            recipe_of,
+            with_changes,
+        )
         from structconv_cli.commands.shapes import parse_shapes
-        from structconv_cli.conversion import ConvertRequest
-        from structconv_cli.graph_preparation import OnnxRequest
         from structconv_cli.model.architecture import Architecture, parse_arguments
+        from structconv_cli.model.signature import INPUT
         from structconv_cli.model_graph import is_onnx
-        from structconv_cli.onnx.lower import LoweringSettings
-        from structconv_cli.onnx.target import Target
-        from structconv_cli.onnx.timing_cache import default_path
-        from structconv_cli.planning.proposal import REMAINS, ProposalSettings
-        from structconv_cli.planning.sensitivity import SensitivitySettings
-        from structconv_cli.training.recipe import RECIPES, named_recipe
 
-        if no_finetune:
-            if epochs:
-                raise typer.BadParameter(f"--no-finetune and --epochs {epochs} contradict.")
-            epochs = 0
-        targets = parse_targets(
-            target_speedup, target_latency, target_macs, target_params, max_drop
+        onnx = is_onnx(checkpoint)
+        if data is None and (size or mean or std or val_split or augment):
+            raise typer.BadParameter(
+                "--size, --mean, --std, --val-split and --augment are for --data."
+            )
+        wish = Wish(
+            model=checkpoint,
+            data=None
+            if data is None
+            else parse_data(data, size, mean, std, val_split, seed, ignore_label, workers),
+            shapes=parse_shapes(input_shape or [], only="" if onnx else INPUT),
+            out=out,
+            force=force,
+            n=n,
+            channels=channels,
+            plan_file=plan,
+            targets=parse_targets(
+                target_speedup, target_latency, target_macs, target_params, max_drop
+            ),
+            threads=threads,
+            run_batch=run_batch,
+            forms=forms,
+            timings=timings,
+            seed=seed,
         )
-        if plan is not None and not targets.is_empty:
-            raise typer.BadParameter("--plan is obeyed as it is; give it without a target.")
-        target, timings = Target(threads=threads, batch_size=run_batch), timings or default_path()
-        lowering = LoweringSettings(forms, target, timings)
-        proposal = ProposalSettings(
-            target,
-            timings,
-            SensitivitySettings(threads=os.cpu_count() or 1, seed=seed),
-            timings.parent / "losses",
-            1.0 if epochs == 0 else REMAINS,
-        )
-        if is_onnx(checkpoint):
+        tuning = recipe_of(recipe, epochs, no_finetune, sr_epochs, seed)
+        if onnx:
             for_checkpoints = {
                 "--arch": arch,
                 "--arch-arg": arch_arg,
@@ -120,89 +124,26 @@ def convert(
                 "--lr": lr,
                 "--stop-at-drop": stop_at_drop,
             }
-            refuse_training(checkpoint, for_checkpoints)
-            if dry_run:
-                raise typer.BadParameter(
-                    f"--dry-run is for checkpoints: `structconv plan {checkpoint}` plans for an "
-                    "ONNX file and changes nothing."
-                )
-            graph_request = OnnxRequest(
-                model=checkpoint,
-                shapes=parse_shapes(input_shape or []),
-                data=None
-                if data is None
-                else parse_data(data, size, mean, std, val_split, seed, ignore_label, workers),
-                out=out,
-                force=force,
-                n=n,
-                channels=channels,
-                plan_file=plan,
-                targets=targets,
-                proposal=replace(proposal, remains=1.0),
-                lowering=lowering,
-                seed=seed,
-                command=tuple(sys.argv),
+            exact = _convert_onnx(onnx_request(wish, for_checkpoints, dry_run), console)
+        else:
+            request = checkpoint_request(
+                wish,
+                Architecture(arch, parse_arguments(arch_arg or [])) if arch else None,
+                task,
+                with_changes(
+                    tuning,
+                    batch_size=batch_size,
+                    accumulate=accumulate,
+                    learning_rate=lr,
+                    sr_lambda=sr_lambda,
+                    distillation=distill,
+                    augment=parse_augmentation(augment or "crop"),
+                ),
+                parse_hardware(train_device, precision, channels_last, compile),
+                resume,
+                stop_at_drop,
             )
-            exact = _convert_onnx(graph_request, console)
-            if not exact:
-                raise typer.Exit(CHECK_FAILED)
-            return
-        if arch is None:
-            raise typer.BadParameter(
-                f"{checkpoint} is no ONNX file, and a checkpoint holds weights only: name what "
-                "builds the model with --arch FILE.py:FACTORY."
-            )
-        if input_shape:
-            raise typer.BadParameter(
-                "--input-shape is for ONNX files; a checkpoint's model has the size of its images."
-            )
-        epochs = 6 if epochs is None else epochs
-        if (data is None) == (task is None):
-            raise typer.BadParameter(
-                "give either --data or --task: the images, or what loads them."
-            )
-        if task is not None and (size or mean or std or val_split):
-            raise typer.BadParameter(
-                "--size, --mean, --std and --val-split are for --data; the task file prepares its "
-                "own."
-            )
-        if recipe not in RECIPES:
-            raise typer.BadParameter(f"--recipe is one of {', '.join(RECIPES)}; found {recipe!r}.")
-        if sr_epochs is not None and sr_epochs > epochs:
-            raise typer.BadParameter(f"--sr-epochs {sr_epochs:g} is more than --epochs {epochs}.")
-        request = ConvertRequest(
-            checkpoint=checkpoint,
-            architecture=Architecture(arch, parse_arguments(arch_arg or [])),
-            data=None
-            if data is None
-            else parse_data(data, size, mean, std, val_split, seed, ignore_label, workers),
-            task=task,
-            recipe=named_recipe(
-                recipe,
-                epochs,
-                regularised=sr_epochs,
-                batch_size=batch_size,
-                accumulate=accumulate,
-                learning_rate=lr,
-                sr_lambda=sr_lambda,
-                distillation=distill,
-                augment=parse_augmentation(augment),
-                seed=seed,
-            ),
-            n=n,
-            channels=channels,
-            plan_file=plan,
-            out=out,
-            force=force,
-            lowering=lowering,
-            targets=targets,
-            proposal=proposal,
-            hardware=parse_hardware(train_device, precision, channels_last, compile),
-            resume=resume,
-            enough=stop_at_drop,
-            command=tuple(sys.argv),
-        )
-        exact = _dry_run(request, console) if dry_run else _convert(request, console)
+            exact = _dry_run(request, console) if dry_run else _convert(request, console)
     if not exact:
         raise typer.Exit(CHECK_FAILED)
 

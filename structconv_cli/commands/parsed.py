@@ -1,7 +1,5 @@
 """What several commands make of their options."""
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, cast, get_args
 
 import typer
@@ -84,21 +82,6 @@ def parse_hardware(device: str, precision: str, channels_last: bool, compiled: b
     if precision not in get_args(Precision):
         raise typer.BadParameter(f"--precision is fp32 or bf16; found {precision!r}.")
     return Hardware(device, cast(Precision, precision), channels_last, compiled)
-
-
-def refuse_training(model: Path, options: Mapping[str, object]) -> None:
-    """Check that no option is given that takes a PyTorch model, which an ONNX file is not.
-
-    Raises:
-        typer.BadParameter: one is.
-    """
-    # 0 epochs are what an ONNX file gets.
-    given = [name for name, value in options.items() if value]
-    if given:
-        raise typer.BadParameter(
-            f"{model} is an ONNX file, which is converted without training, and {given[0]} is for "
-            "checkpoints. Leave it out, or give the checkpoint and --arch FILE.py:FACTORY."
-        )
 
 
 def _floats(option: str, text: str) -> tuple[float, ...]:

@@ -31,6 +31,9 @@ _RUN_MS = 1500.0
 """Time that the profiled runs of one alternative fill, about."""
 _LEAST_RUNS, _MOST_RUNS = 8, 60
 _ROUNDS = 12
+_TELLING, _NOISE = 0.05, 1.1
+"""Share of the model that tells how fast the machine is now, and the ratio that is more than noise:
+neighbours alone change a node's time by some percent."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,11 +44,14 @@ class Variant:
         choice: the alternative.
         rebuilt: the model.
         ms: time of the nodes emitted for each dense node, by its first output.
+        slowdown: how much slower the machine was in this run than when it timed the same nodes
+            before; the times are corrected for it.
     """
 
     choice: Choice
     rebuilt: Rebuilt
     ms: Mapping[str, float]
+    slowdown: float = 1.0
 
 
 _FUSED = re.compile(r"^fused |_nchwc$|/\w+Fusion/?$")
@@ -87,15 +93,16 @@ class Measure:
         rebuilt = self.rebuild(choice)
         keys = self._keys(rebuilt)
         known = {owner: self.cache.get(key) for owner, key in keys.items()}
+        slower = 1.0
         if any(ms is None for ms in known.values()):
-            times = self._profile(rebuilt.model)
-            known = {**dict.fromkeys(keys, 0.0), **_by_owner(rebuilt, times)}
-            for key, ms in _means(keys, known).items():
+            found = {**dict.fromkeys(keys, 0.0), **_by_owner(rebuilt, self._profile(rebuilt.model))}
+            slower = slowdown(known, found)
+            for key, ms in _means(keys, found).items():
                 # What is known stays: the same plan is made again from the same times.
                 if self.cache.get(key) is None:
-                    self.cache.put(key, ms)
+                    self.cache.put(key, ms / slower)
             known = {owner: self.cache.get(key) for owner, key in keys.items()}
-        return Variant(choice, rebuilt, {owner: ms or 0.0 for owner, ms in known.items()})
+        return Variant(choice, rebuilt, {owner: ms or 0.0 for owner, ms in known.items()}, slower)
 
     def whole(self, models: Mapping[str, onnx.ModelProto]) -> dict[str, float]:
         """Times (ms) of whole models in turns: the lower quartile of the rounds of each."""
@@ -146,6 +153,24 @@ class Measure:
                 f"batch {self.target.batch_size} {' -> '.join(shapes)}: {'; '.join(nodes)}"
             )
         return keys
+
+
+def slowdown(before: Mapping[str, float | None], now: Mapping[str, float]) -> float:
+    """How much longer nodes take now than they did before, on a machine that others use too.
+
+    1 where that is little enough to be noise, or where the nodes known from before are too small a
+    part of the model to tell.
+
+    Args:
+        before: times (ms) by node, as far as they are known.
+        now: times (ms) of all nodes.
+    """
+    pairs = [(ms, now[name]) for name, ms in before.items() if ms and now.get(name)]
+    then, since = (sum(side) for side in zip(*pairs, strict=True)) if pairs else (0.0, 0.0)
+    if since <= _TELLING * sum(now.values()):
+        return 1.0
+    ratio = since / then
+    return ratio if max(ratio, 1 / ratio) > _NOISE else 1.0
 
 
 def _digest(model: onnx.ModelProto) -> str:

@@ -103,7 +103,7 @@ class _Runs:
         observer: Observer,
     ) -> None:
         self.network, self.target, self.feeds, self.cache = network, target, feeds, cache
-        self.observer, self.done = observer, 0
+        self.observer, self.done, self.slowest = observer, 0, 1.0
         self.layers: dict[str, dict[Situation, float]] = {name: {} for name in network.layers}
         self.groups = [group for group in _alternating(network) if group]
         windows = 3 * len(PRODUCT_LEVELS) if network.units else 0
@@ -116,6 +116,10 @@ class _Runs:
             self._whole(level)
         units = self._windows(plain) if self.network.units else ()
         halves = self._halves(plain) if self.groups else {}
+        if self.slowest > _BUSY:
+            self.observer.note(
+                f"busy machine: up to {self.slowest:.1f} times slower at times; corrected"
+            )
         return Latency(self.layers, sum(plain.values()), units, halves)
 
     def _whole(self, level: KernelLevel) -> dict[str, float]:
@@ -189,7 +193,9 @@ class _Runs:
     ) -> dict[str, float]:
         """Note what the layers take in one run; return what the other nodes do, by output."""
         measure = Measure(alternatives, self.target, self.feeds, self.cache)
-        times = dict(measure.in_place(choice).ms)
+        variant = measure.in_place(choice)
+        times = dict(variant.ms)
+        self.slowest = max(self.slowest, variant.slowdown, 1 / variant.slowdown)
         self.done += 1
         self.observer.steps(self.done, self.runs)
         for layer in self.network.layers.values():
@@ -214,6 +220,8 @@ class _Runs:
         return found
 
 
+_BUSY = 1.25
+"""Change of the machine's speed, either way, of which the user should know."""
 _FORM = Form("dense", "average")
 _WINDOWS: tuple[ChannelKind, ...] = ("window", "balanced")
 _Place = tuple[ChannelKind, State, State]

@@ -45,8 +45,8 @@ from structconv_cli.structure import Structure
 
 How = Literal["measured", "interpolated", "weights"]
 
-_MOMENTS_HELD = 2**27
-"""Numbers that the moments of the layers looked at together may hold (1 GiB)."""
+_MOMENTS_HELD = 2**26
+"""Numbers that the moments of the layers looked at together may hold (512 MiB)."""
 
 
 @dataclass(frozen=True)

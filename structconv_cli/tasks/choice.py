@@ -10,7 +10,7 @@ from structconv_cli.tasks.user_task import UserTask
 from structconv_cli.training.recipe import Recipe
 from structconv_cli.world import ALONE, World
 
-CLASSIFICATION, SEGMENTATION = "classification", "segmentation"
+CLASSIFICATION, SEGMENTATION, NO_TASK = "classification", "segmentation", "none"
 
 
 def task_for(source: Dataset | Path, recipe: Recipe, world: World = ALONE) -> Task:
@@ -30,8 +30,10 @@ def image_task(data: Dataset) -> type[Classification] | type[Segmentation]:
     return Classification if data.train.labels is not None else Segmentation
 
 
-def task_name(task: Task) -> str:
+def task_name(task: Task | None) -> str:
     """As a run folder records it."""
+    if task is None:
+        return NO_TASK
     if isinstance(task, UserTask):
         return str(task.path.absolute())
     return SEGMENTATION if isinstance(task, Segmentation) else CLASSIFICATION

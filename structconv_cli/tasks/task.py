@@ -36,6 +36,10 @@ class Metric:
         return f"{self.name} {score:.2f}{' ' + self.unit if self.unit else ''}"
 
 
+UNMEASURED = Metric("unmeasured")
+"""Where nothing is labelled."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """A model's quality on the validation part.

@@ -49,7 +49,8 @@ class FineTuneResult:
     Attributes:
         recipe: how.
         metric: what the scores are.
-        stages: in order; the first is the original model, the last the result.
+        stages: in order; the first is the original model, the last the result. None where
+            nothing is labelled.
         epochs: in order; fewer than the recipe's if it stopped early.
     """
 
@@ -60,6 +61,8 @@ class FineTuneResult:
 
     @property
     def drop(self) -> float:
-        """How much worse the result is than the original, in the metric's unit."""
+        """How much worse the result is than the original, in the metric's unit; 0 if unjudged."""
+        if not self.stages:
+            return 0.0
         first, last = self.stages[0].evaluation, self.stages[-1].evaluation
         return self.metric.drop(first.score, last.score)
