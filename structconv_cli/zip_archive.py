@@ -37,8 +37,13 @@ class ArchiveError(StructconvError):
 class ZipArchive:
     """The members of a zip archive, by name; sizes in bytes."""
 
-    def __init__(self, file: BinaryIO | Path) -> None:
+    def __init__(self, file: BinaryIO | Path, limit_sizes: bool = True) -> None:
         """Read the archive's table of contents.
+
+        Args:
+            file: the archive.
+            limit_sizes: whether to refuse what unpacks to more than the memory, or to more than 200
+                times its size; without it the caller does.
 
         Raises:
             ArchiveError: it is damaged, has doubled or climbing names, or unpacks to more than 60 %
@@ -47,10 +52,10 @@ class ZipArchive:
         try:
             self._zip = zipfile.ZipFile(file)
         except _DAMAGED as error:
-            raise ArchiveError(f"is truncated or damaged ({one_line(error)})") from None
+            raise ArchiveError(f"is truncated or damaged ({told(error)})") from None
         self.sizes: dict[str, int] = {}
         try:
-            self._check()
+            self._check(limit_sizes)
         except ArchiveError:
             self._zip.close()
             raise
@@ -73,7 +78,7 @@ class ZipArchive:
                 content = member.read(self.sizes[name] + 1)
         except _DAMAGED as error:
             raise ArchiveError(
-                f"is truncated or damaged (in its part {shown(name)}: {one_line(error)})"
+                f"is truncated or damaged (in its part {shown(name)}: {told(error)})"
             ) from None
         if len(content) != self.sizes[name]:
             raise ArchiveError(
@@ -92,7 +97,7 @@ class ZipArchive:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _check(self) -> None:
+    def _check(self, limit_sizes: bool) -> None:
         entries = self._zip.infolist()
         if len(entries) > _MOST_MEMBERS:
             raise ArchiveError(f"has {len(entries)} parts; expected at most {_MOST_MEMBERS}")
@@ -104,13 +109,14 @@ class ZipArchive:
                     f"names a part that leads out of the archive, {shown(entry.filename)}"
                 )
             ratio = entry.file_size / max(entry.compress_size, 1)
-            if entry.file_size > _RATIO_FROM and ratio > _MOST_RATIO:
+            if limit_sizes and entry.file_size > _RATIO_FROM and ratio > _MOST_RATIO:
                 raise ArchiveError(
                     f"has a part, {shown(entry.filename)}, that would unpack to "
                     f"{ratio:.0f} times its size: expected at most {_MOST_RATIO} times"
                 )
             self.sizes[entry.filename] = entry.file_size
-        require_room(sum(self.sizes.values()))
+        if limit_sizes:
+            require_room(sum(self.sizes.values()))
 
 
 def require_room(need: int) -> None:
@@ -139,3 +145,8 @@ def climbs(name: str) -> bool:
 def shown(text: object) -> str:
     """A file's own text for a message: printable, in quotes, at most 80 characters."""
     return ascii(text if isinstance(text, str) else str(text))[:80]
+
+
+def told(error: BaseException) -> str:
+    """Another library's message on one line, printable and of at most 200 characters."""
+    return "".join(c if c.isprintable() else "?" for c in one_line(error))[:200]

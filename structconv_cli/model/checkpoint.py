@@ -138,6 +138,9 @@ def save_like(checkpoint: Checkpoint, tensors: Mapping[str, Tensor], path: Path 
     )
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        # A new file only: what someone else put there, such as a link, is not written through.
+        partial.unlink(missing_ok=True)
+        partial.open("xb").close()
         if checkpoint.kind == Kind.SAFETENSORS:
             safetensors.torch.save_file(state, partial, metadata=checkpoint.container or None)
         else:

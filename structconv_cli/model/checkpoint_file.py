@@ -22,7 +22,7 @@ from structconv_cli.model.pickle_records import Instance, Pickled, PickleError, 
 from structconv_cli.model.pickled_module import attributes_of, is_module, module_state
 from structconv_cli.model.tensor_records import ForeignError, TensorReader, is_tensor
 from structconv_cli.model.torch_file import open_torch_file
-from structconv_cli.zip_archive import ArchiveError, require_room
+from structconv_cli.zip_archive import ArchiveError, require_room, told
 
 
 class CheckpointFile(NamedTuple):
@@ -156,7 +156,7 @@ def _read_safetensors(path: Path) -> CheckpointFile:
             metadata = file.metadata() or {}
     except (safetensors.SafetensorError, OSError, RuntimeError, ValueError, TypeError) as error:
         raise CheckpointError(
-            f"The safetensors checkpoint {path} is truncated or damaged: {one_line(error)}. "
+            f"The safetensors checkpoint {path} is truncated or damaged: {told(error)}. "
             "Copy or save it again."
         ) from error
     if not tensors:

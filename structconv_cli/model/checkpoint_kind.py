@@ -13,7 +13,7 @@ from structconv_cli.model.pickle_records import Instance, PickleError
 from structconv_cli.model.pickled_module import is_module
 from structconv_cli.model.tensor_records import is_tensor
 from structconv_cli.model.torch_file import LEGACY_HEAD, read_legacy_pickle, root_of
-from structconv_cli.zip_archive import ArchiveError, ZipArchive
+from structconv_cli.zip_archive import ArchiveError, ZipArchive, told
 
 REMEDY = "give a file written by torch.save(model.state_dict(), FILE) or a .safetensors file"
 
@@ -95,8 +95,8 @@ def identify(path: Path) -> Kind:
 def damaged(path: Path, error: Exception) -> CheckpointError:
     """The error for a file that is damaged, or made to harm."""
     return CheckpointError(
-        f"The checkpoint {path} {' '.join(str(error).split())}: it is truncated, damaged or not "
-        "what torch.save writes. Copy or save it again."
+        f"The checkpoint {path} {told(error)}: it is truncated, damaged or not what torch writes. "
+        "Copy or save it again."
     )
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from structconv_cli.errors import CheckpointError, one_line
+from structconv_cli.errors import CheckpointError
 from structconv_cli.model.checkpoint_kind import damaged
 from structconv_cli.model.exported_vetting import clean_config, clean_program
 from structconv_cli.model.pickle_records import PickleError
@@ -30,7 +30,7 @@ from structconv_cli.model.tensor_records import (
     flat_tensor,
 )
 from structconv_cli.model.torch_file import read_archive, require_little_endian
-from structconv_cli.zip_archive import ArchiveError, ZipArchive
+from structconv_cli.zip_archive import ArchiveError, ZipArchive, told
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -133,7 +133,7 @@ def open_exported(path: Path) -> "ExportedProgram":
         # torch raises errors of many kinds for a program that is not consistent.
         raise CheckpointError(
             f"The checkpoint {path} is a torch.export archive that torch {torch.__version__} does "
-            f"not read ({type(error).__name__}: {one_line(error)[:300]}): export the model again."
+            f"not read ({type(error).__name__}: {told(error)}): export the model again."
         ) from error
 
 
@@ -180,7 +180,7 @@ def _json(archive: ZipArchive, name: str) -> Any:
     try:
         return json.loads(archive.read(name))
     except (ValueError, RecursionError) as error:
-        raise ArchiveError(f"has a damaged {name} ({one_line(error)})") from None
+        raise ArchiveError(f"has a damaged {name} ({told(error)})") from None
 
 
 def _table(archive: ZipArchive, root: str, folder: str, what: str) -> _Table:

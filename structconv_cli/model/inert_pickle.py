@@ -22,6 +22,7 @@ from structconv_cli.model.pickle_records import (
     PickleError,
     State,
 )
+from structconv_cli.zip_archive import told
 
 MOST_INSTRUCTIONS = 5_000_000
 _MOST_TUPLE_KEYS = 10_000
@@ -49,7 +50,7 @@ def read_pickle(file: BinaryIO) -> Pickled:
         MemoryError,
         AttributeError,
     ) as error:
-        raise PickleError(" ".join(str(error).split())[:200] or type(error).__name__) from None
+        raise PickleError(f"holds a damaged pickle ({told(error)})") from None
     return Pickled(value, tuple(machine.globals), tuple(machine.references))
 
 
