@@ -148,5 +148,12 @@ def shown(text: object) -> str:
 
 
 def told(error: BaseException) -> str:
-    """Another library's message on one line, printable and of at most 200 characters."""
-    return "".join(c if c.isprintable() else "?" for c in one_line(error))[:200]
+    """Another library's message on one line, printable and of at most 300 characters."""
+    return legible(one_line(error))
+
+
+def legible(text: object) -> str:
+    """A file's own text for a message, without control characters; at most 300 characters."""
+    if not isinstance(text, str):
+        return f"<{type(text).__name__}>" if not isinstance(text, int | float) else str(text)[:300]
+    return "".join(c if c.isprintable() else "?" for c in text[:300])

@@ -16,6 +16,7 @@ from structconv_cli.errors import CheckpointError, one_line
 from structconv_cli.model.checkpoint_file import CheckpointFile, read_checkpoint_file
 from structconv_cli.model.checkpoint_kind import Kind
 from structconv_cli.model.state_dict import averaged_beside, find_nesting, wrapper_prefix
+from structconv_cli.zip_archive import legible
 
 
 @dataclass(frozen=True, eq=False)
@@ -276,7 +277,7 @@ def _listing(what: str, entries: list[str]) -> str:
     if not entries:
         return ""
     more = ", ..." if len(entries) > 5 else ""
-    return f"{len(entries)} {what} ({', '.join(entries[:5])}{more})"
+    return f"{len(entries)} {what} ({', '.join(legible(entry) for entry in entries[:5])}{more})"
 
 
 def _shape(tensor: Tensor) -> str:

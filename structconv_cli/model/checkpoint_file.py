@@ -22,7 +22,7 @@ from structconv_cli.model.pickle_records import Instance, Pickled, PickleError, 
 from structconv_cli.model.pickled_module import attributes_of, is_module, module_state
 from structconv_cli.model.tensor_records import ForeignError, TensorReader, is_tensor
 from structconv_cli.model.torch_file import open_torch_file
-from structconv_cli.zip_archive import ArchiveError, require_room, told
+from structconv_cli.zip_archive import ArchiveError, legible, require_room, shown, told
 
 
 class CheckpointFile(NamedTuple):
@@ -232,7 +232,7 @@ def _make(
                 plain[name] = kept(value, f"{key}.") if inner else reader.plain(value)
             except ForeignError as found:
                 _require_no_tensor(path, f"{prefix}{key}", value)
-                left_out.append(f"{prefix}{key if isinstance(key, str) else '?'} ({found})")
+                left_out.append(f"{legible(prefix)}{legible(key)} ({found})")
         if isinstance(items, State) and items._metadata is not None:
             plain._metadata = reader.plain(items._metadata)  # type: ignore[attr-defined]
         return plain
@@ -247,6 +247,7 @@ def _require_no_tensor(path: Path, name: str, value: object) -> None:
     if isinstance(value, Instance) and value.name.startswith("torch._utils._rebuild_"):
         kind = value.name.removeprefix("torch._utils._rebuild_").replace("_", " ")
         raise CheckpointError(
-            f"The checkpoint {path} holds the tensor {name!r} in a form that is not read ({kind}): "
+            f"The checkpoint {path} holds the tensor {shown(name)} in a form that is not read "
+            f"({kind}): "
             "save plain dense tensors, those of a quantized model before it was quantized."
         )

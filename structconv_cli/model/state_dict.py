@@ -8,6 +8,7 @@ from torch import Tensor
 
 from structconv_cli.errors import CheckpointError
 from structconv_cli.model.checkpoint_kind import REMEDY
+from structconv_cli.zip_archive import legible
 
 _NESTINGS = ("state_dict", "model_state_dict", "model")
 _AVERAGED = (
@@ -49,11 +50,12 @@ def find_nesting(path: Path, loaded: Mapping[Any, Any]) -> str | None:
         return nested[0]
     if nested:
         raise CheckpointError(
-            f"The checkpoint {path} holds several sets of tensors, under {', '.join(nested)}: save "
+            f"The checkpoint {path} holds several sets of tensors, under "
+            f"{', '.join(legible(key) for key in nested[:10])}: save "
             "the one to convert by itself, with torch.save(checkpoint[KEY], FILE)."
         )
     if not at_top:
-        keys = ", ".join(str(key) for key in list(loaded)[:10]) or "none"
+        keys = ", ".join(legible(key) for key in list(loaded)[:10]) or "none"
         raise CheckpointError(
             f"The checkpoint {path} holds no named tensors, neither at its top level nor under one "
             f"of its keys ({keys}): {REMEDY}."
