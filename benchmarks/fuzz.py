@@ -273,6 +273,8 @@ def fuzz(kind: str, content: bytes, seed: int, first: int, count: int) -> Counte
                     if text:
                         print(f"{kind} {at}: {result}\n{text}", flush=True)
                     at += 1
+                    if (at - first) % 5000 == 0:
+                        print(f"{kind}: {at - first} so far, {dict(outcomes)}", flush=True)
             else:
                 process.kill()
                 outcomes["hang"] += 1

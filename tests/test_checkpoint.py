@@ -365,6 +365,10 @@ def test_the_weights_of_torchscript_are_read(tmp_path: Path):
         assert expected
         assert expected.keys() <= found.keys()
         assert same({key: found[key] for key in expected}, expected)
+        message = str(refuse_pickled_module(path))
+        assert "TorchScript" in message
+        assert "--arch" in message
+        assert "--trust-pickle" not in message
 
 
 def test_an_exported_program_is_opened(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import itertools
 import json
 import os
 import pickle
@@ -18,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import safetensors.torch
 import torch
@@ -30,6 +32,7 @@ from structconv_cli.model import inert_pickle
 from structconv_cli.model.checkpoint import load_checkpoint, save_like
 from structconv_cli.model.checkpoint_kind import identify
 from structconv_cli.model.exported_archive import exported_inputs, open_exported
+from structconv_cli.onnx.file import load_onnx
 from structconv_cli.run_folder import new_run_folder
 
 SECONDS = 10
@@ -577,6 +580,51 @@ def test_lies_of_an_npz_archive_are_refused(tmp_path: Path):
         archive.writestr("../y.npy", array.getvalue())
     with pytest.raises(DataError, match="out of the archive"):
         read_arrays(path)
+
+
+# --- ONNX
+
+
+def functions(count: int, last: str) -> onnx.ModelProto:
+    """A model whose functions each call the next one twice; the last one is called `last`."""
+    make = onnx.helper
+    opsets = [make.make_opsetid("", 18), make.make_opsetid("d", 1)]
+    names = [*(f"F{number}" for number in range(count)), last]
+    values = [make.make_tensor_value_info(x, onnx.TensorProto.FLOAT, [1]) for x in "xy"]
+    made = [
+        make.make_function(
+            "d",
+            name,
+            ["a"],
+            ["b"],
+            [
+                make.make_node(inner, ["a"], ["c"], domain="d"),
+                make.make_node(inner, ["c"], ["b"], domain="d"),
+            ],
+            opsets,
+        )
+        for name, inner in itertools.pairwise(names)
+    ]
+    if last != "F0":
+        made.append(
+            make.make_function("d", last, ["a"], ["b"], [make.make_node("Relu", "a", "b")], opsets)
+        )
+    nodes = [make.make_node("F0", ["x"], ["y"], domain="d")]
+    graph = make.make_graph(nodes, "g", values[:1], values[1:])
+    return make.make_model(graph, functions=made, opset_imports=opsets, ir_version=10)
+
+
+def test_functions_that_call_one_another_without_end_are_refused(tmp_path: Path):
+    path = tmp_path / "m.onnx"
+    for model, what in (
+        (functions(3, "F0"), "call themselves"),
+        (functions(200, "end"), "nested too deep"),
+        (functions(40, "end"), "more than 1000000"),
+    ):
+        onnx.save(model, path)
+        assert what in refused(path, load_onnx)
+    onnx.save(functions(3, "end"), path)
+    assert len(load_onnx(path).functions) == 4
 
 
 # --- links

@@ -19,7 +19,7 @@ from structconv_cli.errors import CheckpointError, one_line
 from structconv_cli.model.checkpoint_kind import REMEDY, Kind, damaged, identify
 from structconv_cli.model.exported_archive import read_exported_weights
 from structconv_cli.model.pickle_records import Instance, Pickled, PickleError, State, runs_code
-from structconv_cli.model.pickled_module import attributes_of, is_module, module_state
+from structconv_cli.model.pickled_module import attributes_of, class_name, is_module, module_state
 from structconv_cli.model.tensor_records import ForeignError, TensorReader, is_tensor
 from structconv_cli.model.torch_file import open_torch_file
 from structconv_cli.zip_archive import ArchiveError, legible, require_room, shown, told
@@ -115,24 +115,36 @@ def unpickle_module(path: Path) -> nn.Module:
 
 
 def refuse_pickled_module(path: Path) -> CheckpointError:
-    """The error for a pickled module where its weights alone are of no use: no architecture.
+    """The error for a pickled or TorchScript module without an architecture.
 
-    It says what is in the file, why it is not unpickled, and the ways out.
+    Its weights alone are of no use then. The error says what is in the file, why its code is not
+    run, and the ways out.
     """
-    with open_torch_file(path) as file:
-        value, globals_ = file.pickled.value, file.pickled.globals
+    try:
+        kind = identify(path)
+        with open_torch_file(path) as file:
+            value, imports = file.pickled.value, file.pickled.globals
+    except (ArchiveError, PickleError) as error:
+        return damaged(path, error)
     first = next((v for v in _values(value) if is_module(v)), value)
-    what = first.name if isinstance(first, Instance) else type(first).__name__
-    own = [name for name in globals_ if name.partition(".")[0] not in ("collections", "builtins")]
-    others = [name for name in own if not name.startswith("torch.") and name != what]
-    more = f", {len(others) - 5} more" if len(others) > 5 else ""
-    imports = f"; it also imports {', '.join(others[:5])}{more}" if others else ""
+    what = class_name(first.name) if isinstance(first, Instance) else type(first).__name__
+    arch = "Name the function that builds the model with --arch"
+    if kind is Kind.TORCHSCRIPT:
+        return CheckpointError(
+            f"The checkpoint {path} is {kind.words} of class {what}. Its weights can be read "
+            f"safely, but its code is compiled and cannot be trained or rewritten. {arch}, or "
+            "export the original model to ONNX and convert that."
+        )
+    known = ("collections", "builtins", "__builtin__", "torch")
+    others = [name for name in imports if name.partition(".")[0] not in known and name != what]
+    more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+    beside = f"; it also imports {', '.join(others[:5])}{more}" if others else ""
     return CheckpointError(
-        f"The checkpoint {path} is a pickled module of class {what}{imports}. Its weights can be "
+        f"The checkpoint {path} is a pickled module of class {what}{beside}. Its weights can be "
         "read safely, but the model can only be had by running code that the file names, and "
-        "structconv does not do that unasked. Name the function that builds the model with --arch, "
-        "or give --trust-pickle if you trust whoever made the file, or save its tensors where it "
-        "was made: torch.save(model.state_dict(), FILE)."
+        f"structconv does not do that unasked. {arch}, or give --trust-pickle if you trust whoever "
+        "made the file, or save its tensors where it was made: torch.save(model.state_dict(), "
+        "FILE)."
     )
 
 

@@ -42,6 +42,11 @@ def is_module(value: object) -> bool:
     )
 
 
+def class_name(name: str) -> str:
+    """A class's name as its author wrote it."""
+    return _MANGLED.sub("", name)
+
+
 def attributes_of(value: object) -> dict[Any, Any]:
     """The attributes of a pickled object; none where it keeps its state in another way."""
     state = value.state if isinstance(value, Instance) else None
@@ -64,7 +69,7 @@ def module_state(module: Instance) -> ModuleState:
         visited += 1
         if visited > _MOST_MODULES or depth > _DEEPEST:
             raise PickleError("holds a module that contains itself, or too many modules")
-        classes[_MANGLED.sub("", current.name)] = None
+        classes[class_name(current.name)] = None
         for name, tensor in _own_tensors(current):
             tensors[prefix + name] = tensor
         parts = [(f"{prefix}{name}.", part, depth + 1) for name, part in _own_parts(current)]
