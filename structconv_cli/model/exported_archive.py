@@ -92,11 +92,13 @@ class _Archive:
 def read_exported_weights(path: Path) -> dict[str, Tensor]:
     """Read the parameters and buffers of an archive, by their names in the state_dict.
 
+    The program is not looked at, so that one that is not let pass may still give its weights.
+
     Raises:
         CheckpointError: it is damaged, made to harm, or holds no tensors or more than tensors.
     """
-    with _reading(path) as archive:
-        tensors = archive.weights.tensors
+    with _opened(path) as archive:
+        tensors = _table(archive, _root(archive), _WEIGHTS, "weights").tensors
     if not tensors:
         raise CheckpointError(f"The checkpoint {path} holds no tensors: export the model again.")
     return tensors
@@ -138,11 +140,11 @@ def open_exported(path: Path) -> "ExportedProgram":
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[_Archive]:
-    """The checked content of an archive, and errors that name its file."""
+def _opened(path: Path) -> Iterator[ZipArchive]:
+    """An archive, and errors that name its file."""
     try:
         with ZipArchive(path) as archive:
-            yield _read_parts(archive)
+            yield archive
     except (ArchiveError, PickleError) as error:
         raise damaged(path, error) from None
     except OSError as error:
@@ -152,7 +154,21 @@ def _reading(path: Path) -> Iterator[_Archive]:
         ) from error
 
 
-def _read_parts(archive: ZipArchive) -> _Archive:
+@contextmanager
+def _reading(path: Path) -> Iterator[_Archive]:
+    """The checked content of an archive."""
+    with _opened(path) as archive:
+        root = _root(archive)
+        yield _Archive(
+            clean_program(_json(archive, f"{root}models/model.json")),
+            _table(archive, root, _WEIGHTS, "weights"),
+            _table(archive, root, _CONSTANTS, "constants"),
+            _example(archive, f"{root}data/sample_inputs/model.pt"),
+        )
+
+
+def _root(archive: ZipArchive) -> str:
+    """The folder that holds an archive's one program, with its slash."""
     programs = [n for n in archive.names if "models/" in n and n.endswith(".json")]
     if not programs:
         raise ArchiveError(
@@ -165,13 +181,7 @@ def _read_parts(archive: ZipArchive) -> _Archive:
     if any(n.startswith(root + "data/aotinductor/") for n in archive.names):
         raise ArchiveError("holds a compiled library, which is never loaded")
     require_little_endian(archive, root)
-    program = clean_program(_json(archive, programs[0]))
-    return _Archive(
-        program,
-        _table(archive, root, _WEIGHTS, "weights"),
-        _table(archive, root, _CONSTANTS, "constants"),
-        _example(archive, f"{root}data/sample_inputs/model.pt"),
-    )
+    return root
 
 
 def _json(archive: ZipArchive, name: str) -> Any:
