@@ -10,6 +10,9 @@ from structconv_cli.errors import RunFolderError
 
 T = TypeVar("T")
 
+_MOST = 1 << 28
+"""Most bytes of a JSON file; the largest that structconv writes have some megabytes."""
+
 
 def to_json(value: object) -> bytes:
     """Indented JSON of a dataclass."""
@@ -22,11 +25,14 @@ def from_json(text: str | bytes, kind: type[T]) -> T:
 
 
 def write_json(value: object, path: Path) -> None:
-    """Write a dataclass as JSON; the file appears whole or not at all."""
+    """Write a dataclass as JSON; the file appears whole or not at all, and links are replaced."""
     # A name of its own: another process may be writing the same file.
     beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    beside.unlink(missing_ok=True)
     try:
-        beside.write_bytes(to_json(value))
+        # A new file only: what someone else put there, such as a link, is not written through.
+        with beside.open("xb") as file:
+            file.write(to_json(value))
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
@@ -39,6 +45,13 @@ def read_json(path: Path, kind: type[T]) -> T:
         RunFolderError: the file is missing, or does not hold such a dataclass.
     """
     try:
+        if not path.is_file() and path.exists():
+            raise RunFolderError(f"{path} is a folder, device or pipe; expected a file.")
+        if path.stat().st_size > _MOST:
+            raise RunFolderError(
+                f"{path} has {path.stat().st_size} bytes; expected at most {_MOST}: structconv did "
+                "not write it. Run `structconv convert` again."
+            )
         return from_json(path.read_bytes(), kind)
     except OSError as error:
         raise RunFolderError(

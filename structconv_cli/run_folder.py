@@ -221,13 +221,22 @@ def check_destination(path: Path, force: bool) -> None:
 def new_run_folder(path: Path, force: bool) -> Iterator[RunFolder]:
     """A folder beside `path` that takes its place when the block ends well, and goes if it fails.
 
+    It is created here, so that nothing in it can be a link that leads elsewhere; `path` itself is
+    refused if it is one.
+
     Raises:
-        RunFolderError: see `check_destination`.
+        RunFolderError: see `check_destination`; or the folder beside is there already.
     """
     check_destination(path, force)
     target = path.absolute()
     beside = target.with_name(f".structconv-{os.getpid()}.part")
-    beside.mkdir()
+    try:
+        beside.mkdir()
+    except FileExistsError:
+        raise RunFolderError(
+            f"{beside}, where the run is to be prepared, exists already: an ended run left it "
+            "there. Delete it."
+        ) from None
     try:
         yield RunFolder(beside)
         check_destination(path, force)
@@ -257,6 +266,6 @@ def _is_run(path: Path) -> bool:
     """Whether a folder's run.json says that this tool wrote it, in any version."""
     try:
         written = json.loads((path / "run.json").read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(written, dict) and str(written.get("format")).startswith("structconv-run/")

@@ -20,6 +20,9 @@ from torch import Tensor, nn
 from structconv_cli.errors import CheckpointError
 from structconv_cli.model.architecture import Architecture, build_model
 from structconv_cli.model.checkpoint import Checkpoint, load_checkpoint, load_into, save_like
+from structconv_cli.model.checkpoint_file import refuse_pickled_module, unpickle_module
+from structconv_cli.model.checkpoint_kind import Kind, identify
+from structconv_cli.model.exported_archive import exported_inputs, open_exported
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "checkpoints"
@@ -205,9 +208,9 @@ def write_torchscript(path: Path) -> None:
     torch.jit.save(torch.jit.trace(nn.ReLU(), torch.zeros(1)), path)
 
 
-def write_exported(path: Path) -> None:
-    with path.open("wb") as file:
-        torch.export.save(torch.export.export(nn.Linear(2, 2), (torch.zeros(3, 2),)), file)
+def write_frozen(path: Path) -> None:
+    traced = torch.jit.trace(nn.Conv2d(1, 2, 3).eval(), torch.zeros(1, 1, 4, 4))
+    torch.jit.save(torch.jit.freeze(traced), path)
 
 
 def write_onnx(path: Path) -> None:
@@ -215,6 +218,15 @@ def write_onnx(path: Path) -> None:
     out = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
     node = onnx.helper.make_node("Relu", ["x"], ["y"])
     onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "g", [value], [out])), path)
+
+
+def write_onnx_backwards(path: Path) -> None:
+    """The graph before the version: protobuf allows any order."""
+    write_onnx(path)
+    whole = onnx.load(path)
+    version, whole.ir_version = onnx.ModelProto(ir_version=whole.ir_version), 0
+    whole.ClearField("ir_version")
+    path.write_bytes(whole.SerializeToString() + version.SerializeToString())
 
 
 def write_half(path: Path, **options: Any) -> None:
@@ -248,8 +260,7 @@ BAD_FILES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         lambda path: path.write_bytes(safetensors.torch.save({})),
         ["holds no tensors"],
     ),
-    "TorchScript": (write_torchscript, ["TorchScript", "torch.jit.load"]),
-    "export": (write_exported, ["torch.export", "torch.export.load"]),
+    "TorchScript without tensors": (write_torchscript, ["no named tensors", "torch.jit.freeze"]),
     "onnx": (write_onnx, ["an ONNX model"]),
     "npz": (lambda path: np.savez(path.open("wb"), x=np.zeros(2)), [".npz"]),
     "zip": (write_zip, ["zip archive that torch.save did not write"]),
@@ -260,15 +271,13 @@ BAD_FILES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"),
         ["git lfs pull"],
     ),
-    "module": (lambda path: save(path, Net()), ["Net", "state_dict()", "never"]),
-    "legacy module": (
-        lambda path: save(path, Net(), _use_new_zipfile_serialization=False),
-        ["Net", "state_dict()"],
+    "namespace": (lambda path: save(path, Namespace(lr=1)), ["no named tensors", "(lr)"]),
+    "quantized": (
+        lambda path: save(path, {"w": torch.quantize_per_tensor(torch.ones(2), 1, 0, torch.qint8)}),
+        ["'w'", "qtensor", "before it was quantized"],
     ),
-    "namespace": (
-        lambda path: save(path, {"state_dict": Net().state_dict(), "args": Namespace(lr=1)}),
-        ["argparse.Namespace"],
-    ),
+    "sparse": (lambda path: save(path, {"w": torch.eye(2).to_sparse()}), ["'w'", "sparse"]),
+    "frozen TorchScript": (write_frozen, ["no named tensors"]),
     "plain pickle": (lambda path: path.write_bytes(pickle.dumps({"a": 1})), ["pickle"]),
     "list": (lambda path: save(path, [torch.zeros(1)]), ["type list"]),
     "tensor": (lambda path: save(path, torch.zeros(1)), ["type Tensor"]),
@@ -291,7 +300,7 @@ BAD_FILES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore:torch.quantize")
 @pytest.mark.parametrize("name", BAD_FILES)
 def test_other_files_are_named_for_what_they_are(tmp_path: Path, name: str):
     write, told = BAD_FILES[name]
@@ -299,6 +308,122 @@ def test_other_files_are_named_for_what_they_are(tmp_path: Path, name: str):
     write(path)
     message = message_of(path)
     assert all(text in message for text in told), message
+
+
+# --- modules, of which only the weights are read
+
+
+class Wrapped(nn.Module):
+    """Nested, shared and non-persistent parts, all of which `state_dict` names in its own way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = Net()
+        self.layers = nn.ModuleList([nn.Conv2d(2, 2, 1, bias=False), nn.ReLU()])
+        self.again = self.first.conv
+        self.register_buffer("kept", torch.arange(3))
+        self.register_buffer("fleeting", torch.arange(4), persistent=False)
+        self.register_buffer("absent", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first.conv(x) + self.again(x)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("key", [None, "model"])
+def test_a_pickled_modules_state_dict_is_read(tmp_path: Path, legacy: bool, key: str | None):
+    model = Wrapped()
+    held = model if key is None else {key: model, "epoch": 3}
+    path = save(tmp_path / "m.pt", held, _use_new_zipfile_serialization=not legacy)
+    assert identify(path) is Kind.MODULE
+    checkpoint = load_checkpoint(path)
+    assert list(checkpoint.tensors) == list(model.state_dict())
+    assert same(checkpoint.tensors, dict(model.state_dict()))
+    assert (checkpoint.kind, checkpoint.nesting) == (Kind.MODULE, key)
+    assert checkpoint.classes[0] == f"{__name__}.Wrapped"
+    assert "none of its code was run" in checkpoint.notes[0]
+    save_like(checkpoint, checkpoint.tensors, tmp_path / "state.pt")
+    written = torch.load(tmp_path / "state.pt")
+    assert same(dict(written if key is None else written[key]), dict(model.state_dict()))
+    assert type(unpickle_module(path)) is Wrapped
+    message = str(refuse_pickled_module(path))
+    assert all(text in message for text in ["Wrapped", "--arch", "--trust-pickle", "state_dict()"])
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_the_weights_of_torchscript_are_read(tmp_path: Path):
+    model = Wrapped().eval()
+    for name, scripted in {
+        "traced": torch.jit.trace(model, torch.zeros(1, 1, 4, 4)),
+        "scripted": torch.jit.script(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))),
+    }.items():
+        path = tmp_path / name
+        torch.jit.save(scripted, path)
+        assert identify(path) is Kind.TORCHSCRIPT
+        found = load_checkpoint(path).tensors
+        expected = dict(scripted.state_dict())
+        assert expected
+        assert expected.keys() <= found.keys()
+        assert same({key: found[key] for key in expected}, expected)
+        message = str(refuse_pickled_module(path))
+        assert "TorchScript" in message
+        assert "--arch" in message
+        assert "--trust-pickle" not in message
+
+
+def test_an_exported_program_is_opened(tmp_path: Path):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(model, (torch.zeros(2, 3, 8, 8),), dynamic_shapes=[{0: batch}])
+    path = tmp_path / "model.bin"
+    with path.open("wb") as file:
+        torch.export.save(program, file)
+    assert identify(path) is Kind.EXPORTED
+    assert same(load_checkpoint(path).tensors, dict(model.state_dict()))
+    assert [(i.shape, i.dynamic) for i in exported_inputs(path)] == [((2, 3, 8, 8), (0,))]
+    x = torch.randn(5, 3, 8, 8)
+    torch.testing.assert_close(open_exported(path).module()(x), model(x), rtol=0, atol=1e-6)
+
+
+def test_objects_beside_a_state_dict_are_left_out_and_named(tmp_path: Path):
+    held = {"state_dict": Net().state_dict(), "args": Namespace(lr=1), "epoch": 3}
+    checkpoint = load_checkpoint(save(tmp_path / "c.pt", held))
+    assert same(checkpoint.tensors, dict(held["state_dict"]))
+    assert "args (argparse.Namespace)" in checkpoint.notes[0]
+    assert list(checkpoint.container) == ["state_dict", "epoch"]
+
+
+def test_averaged_weights_beside_the_state_dict_are_named(tmp_path: Path):
+    held = {"net": Net().state_dict(), "ema_state_dict": Net().state_dict()}
+    checkpoint = load_checkpoint(save(tmp_path / "c.pt", held))
+    assert checkpoint.nesting == "net"
+    assert "ema_state_dict (averaged)" in checkpoint.notes[0]
+    only = load_checkpoint(save(tmp_path / "c.pt", {"module_ema": Net().state_dict()}))
+    assert (only.nesting, only.notes) == ("module_ema", ())
+
+
+@pytest.mark.parametrize(
+    ("write", "kind"),
+    [
+        (lambda path: write_safetensors(path, None), Kind.SAFETENSORS),
+        (lambda path: save(path, Net().state_dict()), Kind.TORCH),
+        (
+            lambda path: save(path, Net().state_dict(), _use_new_zipfile_serialization=False),
+            Kind.TORCH,
+        ),
+        (lambda path: write_onnx(path), Kind.ONNX),
+        (lambda path: write_onnx_backwards(path), Kind.ONNX),
+    ],
+)
+def test_kinds_are_told_apart_under_any_name(tmp_path: Path, write: Any, kind: Kind):
+    path = tmp_path / "file.jpeg"
+    write(path)
+    assert identify(path) is kind
+
+
+def test_a_run_folder_is_known(tmp_path: Path):
+    (tmp_path / "run.json").write_text('{"format": "structconv-run/2"}')
+    assert identify(tmp_path) is Kind.RUN_FOLDER
 
 
 @pytest.mark.parametrize("legacy", [False, True])

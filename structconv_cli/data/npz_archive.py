@@ -1,6 +1,5 @@
 """Images, and labels or masks, from a NumPy `.npz` archive."""
 
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ from structconv_cli.data.split import (
     require_val_split,
     split_off,
 )
-from structconv_cli.errors import DataError, one_line
+from structconv_cli.errors import DataError
+from structconv_cli.zip_archive import ArchiveError, ZipArchive, told
 
 _MOST_CLASSES = 100_000
 
@@ -87,27 +87,27 @@ def read_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
         DataError: the file is not such an archive, or damaged, or too large for the memory.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            need = sum(entry.file_size for entry in archive.infolist())
-            plain = all(entry.filename.endswith(".npy") for entry in archive.infolist())
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        # Blank images and masks shrink to almost nothing; the memory is checked below.
+        with ZipArchive(path, limit_sizes=False) as archive:
+            sizes = archive.sizes
+    except ArchiveError as error:
         raise DataError(
-            f"The data {path} is not an .npz archive, or a damaged one ({error}): give a folder of "
-            "images in class sub-folders, or a file written by numpy.savez."
+            f"The data {path} is not an .npz archive, or a damaged one (it {error}): give a folder "
+            "of images in class sub-folders, or a file written by numpy.savez."
         ) from error
-    if not plain:
+    if not all(name.endswith(".npy") for name in sizes):
         raise DataError(
             f"The data {path} is a zip archive of other files than arrays: unpack it and give the "
             "folder, or give a file written by numpy.savez."
         )
-    require_memory(need, str(path), "use a smaller archive")
+    require_memory(sum(sizes.values()), str(path), "use a smaller archive")
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return dict(arrays)
     except Exception as error:
         # NumPy's header parser and the decompressor raise many kinds on damaged bytes.
         raise DataError(
-            f"The archive {path} cannot be read ({one_line(error)}): it must hold "
+            f"The archive {path} cannot be read ({told(error)}): it must hold "
             "plain arrays of numbers, without Python objects; save it again with numpy.savez."
         ) from error
 

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from structconv_cli.errors import CheckpointError, one_line
-from structconv_cli.model.checkpoint_file import CheckpointFile, Kind, read_checkpoint_file
-from structconv_cli.model.state_dict import find_nesting, wrapper_prefix
+from structconv_cli.model.checkpoint_file import CheckpointFile, read_checkpoint_file
+from structconv_cli.model.checkpoint_kind import Kind
+from structconv_cli.model.state_dict import averaged_beside, find_nesting, wrapper_prefix
+from structconv_cli.zip_archive import legible
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +33,8 @@ class Checkpoint:
             For safetensors it is the file's metadata.
         versions: the state_dict's `_metadata`, which modules read to upgrade old state_dicts.
         kind: the file format.
+        classes: the classes of a pickled or TorchScript module, the outermost first.
+        notes: sentences that tell the user what the file was taken for, and what was left out.
     """
 
     path: Path
@@ -40,24 +44,28 @@ class Checkpoint:
     container: dict[Any, Any]
     versions: dict[str, Any] | None
     kind: Kind
+    classes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def load_checkpoint(path: Path | str) -> Checkpoint:
-    """Read a checkpoint written by `torch.save` (zip or legacy) or by safetensors.
+    """Read the weights of a file of any kind but ONNX, without running any code of it.
 
-    The state_dict may be the top level or lie under a key: "state_dict", "model_state_dict",
-    "model" and "ema" are preferred in this order, then the one other entry that holds tensors.
+    That is what `torch.save` wrote (zip or legacy; a state_dict or a pickled module), safetensors,
+    a TorchScript archive or a torch.export archive. The state_dict may be the top level or lie
+    under a key: "state_dict", "model_state_dict", "model" and "ema" are preferred in this order,
+    then the one other entry that holds tensors, averaged weights last.
 
     Raises:
-        CheckpointError: the file is missing, damaged, of another kind, needs code to be run, has
-            no named tensors, has several candidates for the state_dict, or holds NaN or infinity.
+        CheckpointError: the file is missing, damaged, made to harm, of another kind, has no named
+            tensors, has several candidates for the state_dict, or holds NaN or infinity.
     """
     path = Path(path)
     file = read_checkpoint_file(path)
-    if file.kind == "safetensors":
+    if file.kind is Kind.SAFETENSORS:
         checkpoint = _from_safetensors(path, file)
     else:
-        checkpoint = _from_torch(path, file.entries)
+        checkpoint = _from_torch(path, file)
     _require_finite(checkpoint)
     return checkpoint
 
@@ -114,6 +122,8 @@ def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
 def save_like(checkpoint: Checkpoint, tensors: Mapping[str, Tensor], path: Path | str) -> None:
     """Write `tensors` as a file of the same kind, nesting, prefix and other content.
 
+    Of what was no state_dict, such as a pickled module, a plain one is written.
+
     `tensors` go by their names without the prefix and keep their dtypes. The file appears under
     its name only when it is complete, and replaces one that is there. A legacy torch file becomes
     a zip one, which the same `torch.load` reads.
@@ -129,7 +139,10 @@ def save_like(checkpoint: Checkpoint, tensors: Mapping[str, Tensor], path: Path 
     )
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        if checkpoint.kind == "safetensors":
+        # A new file only: what someone else put there, such as a link, is not written through.
+        partial.unlink(missing_ok=True)
+        partial.open("xb").close()
+        if checkpoint.kind == Kind.SAFETENSORS:
             safetensors.torch.save_file(state, partial, metadata=checkpoint.container or None)
         else:
             torch.save(_refill(checkpoint, state), partial)
@@ -154,11 +167,12 @@ def _from_safetensors(path: Path, file: CheckpointFile) -> Checkpoint:
         prefix=prefix,
         container=dict(file.metadata),
         versions=None,
-        kind="safetensors",
+        kind=Kind.SAFETENSORS,
     )
 
 
-def _from_torch(path: Path, loaded: Mapping[Any, Any]) -> Checkpoint:
+def _from_torch(path: Path, file: CheckpointFile) -> Checkpoint:
+    loaded = file.entries
     nesting = find_nesting(path, loaded)
     state = loaded if nesting is None else loaded[nesting]
     named = {key: value.detach() for key, value in state.items() if isinstance(value, Tensor)}
@@ -178,8 +192,28 @@ def _from_torch(path: Path, loaded: Mapping[Any, Any]) -> Checkpoint:
         prefix=prefix,
         container=beside if nesting is None else {**loaded, nesting: beside},
         versions=getattr(state, "_metadata", None),
-        kind="torch",
+        kind=file.kind,
+        classes=file.classes,
+        notes=_notes(file, nesting),
     )
+
+
+def _notes(file: CheckpointFile, nesting: str | None) -> tuple[str, ...]:
+    notes = []
+    if file.kind is not Kind.TORCH:
+        named = f" of class {file.classes[0]}" if file.classes else ""
+        notes.append(f"The file is {file.kind.words}{named}; none of its code was run.")
+    if averaged := averaged_beside(file.entries, nesting):
+        notes.append(
+            f"Of its sets of weights {nesting} is used; {', '.join(averaged)} (averaged) is not."
+        )
+    if file.left_out:
+        more = ", ..." if len(file.left_out) > 5 else ""
+        notes.append(
+            f"Not read, as it is no plain data: {', '.join(file.left_out[:5])}{more}. The new "
+            "checkpoint is written without it."
+        )
+    return tuple(notes)
 
 
 def _require_finite(checkpoint: Checkpoint) -> None:
@@ -243,7 +277,7 @@ def _listing(what: str, entries: list[str]) -> str:
     if not entries:
         return ""
     more = ", ..." if len(entries) > 5 else ""
-    return f"{len(entries)} {what} ({', '.join(entries[:5])}{more})"
+    return f"{len(entries)} {what} ({', '.join(legible(entry) for entry in entries[:5])}{more})"
 
 
 def _shape(tensor: Tensor) -> str:

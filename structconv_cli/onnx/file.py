@@ -16,7 +16,7 @@ from google.protobuf.message import (  # type: ignore[import-untyped, unused-ign
     DecodeError,
     EncodeError,
 )
-from onnx import ModelProto, TensorProto, helper
+from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from structconv_cli.errors import OnnxError
 from structconv_cli.onnx.external_data import LIMIT, gigabytes, load_external_data, too_large
@@ -40,6 +40,8 @@ _FOREIGN = {
     rb"\Z": "empty (0 bytes)",
 }
 
+_MOST_NODES = 1_000_000
+_DEEPEST_CALL = 50
 _SUB_BYTE = re.compile(r"(U?INT|FLOAT)[246](E.*)?")
 
 
@@ -55,6 +57,7 @@ def load_onnx(path: Path) -> ModelProto:
         proto = onnx.load_model_from_string(content)
         _check_texts(proto)
         load_external_data(proto, path, len(content))
+        _check_functions(proto)
         onnx.checker.check_model(proto)
         _check_sizes(proto)
     except _INVALID as error:
@@ -126,6 +129,31 @@ def _check_texts(proto: ModelProto) -> None:
                 texts = (value,) if isinstance(value, str | bytes) else value
                 if any(isinstance(text, bytes) for text in texts):
                     raise ValueError(f"the {field.name} of a {type(message).__name__} is no text")
+
+
+def _check_functions(proto: ModelProto) -> None:
+    """Refuse functions that call themselves, or one another so often that none could be followed.
+
+    Forty functions that each call the next one twice make 2^40 nodes.
+    """
+    calls: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for function in proto.functions:
+        inside = [(node.domain, node.op_type) for node in of_type(function, NodeProto)]
+        calls.setdefault((function.domain, function.name), []).extend(inside)
+    sizes: dict[tuple[str, str], int] = {}
+
+    def size(name: tuple[str, str], depth: int) -> int:
+        if name not in calls:
+            return 1
+        if name not in sizes:
+            if depth > _DEEPEST_CALL:
+                raise ValueError("its functions call themselves, or are nested too deep")
+            sizes[name] = 1 + sum(size(inner, depth + 1) for inner in calls[name])
+        return sizes[name]
+
+    total = sum(size((node.domain, node.op_type), 0) for node in of_type(proto.graph, NodeProto))
+    if total > _MOST_NODES:
+        raise ValueError(f"its functions make {total} nodes, more than {_MOST_NODES}")
 
 
 def _check_sizes(proto: ModelProto) -> None:
