@@ -3,6 +3,7 @@
 Nothing else in structconv runs code that it was given.
 """
 
+import hashlib
 import importlib
 import importlib.util
 import itertools
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 _module_numbers = itertools.count()
+_imported: dict[tuple[Path, bytes], ModuleType] = {}
 
 
 @contextmanager
@@ -54,10 +56,20 @@ def _forget_siblings_elsewhere(folder: Path) -> None:
 def import_file(path: Path, kind: str) -> ModuleType:
     """Import a file under a name of its own; whatever it raises, SystemExit included, comes out.
 
+    A file is run once: it may register operators, which torch takes only once in a process. One
+    that has changed meanwhile is run anew.
+
     Args:
         path: the file; its folder should be on sys.path (`import_folder`).
         kind: what it is for, part of the name.
     """
+    key = (path.resolve(), hashlib.sha256(path.read_bytes()).digest())
+    if key not in _imported:
+        _imported[key] = _run_file(path, kind)
+    return _imported[key]
+
+
+def _run_file(path: Path, kind: str) -> ModuleType:
     # A file called torch.py or one of a different folder must not be taken for another module; it
     # stays in sys.modules because dataclasses and exporters look there.
     name = f"structconv_{kind}_{next(_module_numbers)}_{path.stem}"

@@ -1,0 +1,1 @@
+"""Which architecture the tensors of a checkpoint belong to."""
