@@ -90,6 +90,7 @@ def test_a_program_becomes_layers_that_compute_the_same(kind: str) -> None:
     inventory = take_inventory(found.model, IMAGE, MASK)
     assert list(inventory.inputs) == ["image", "mask"]
     assert list(inventory.outputs) == ["scores", "pair_0"]
+    assert not any(layer.frozen for layer in inventory.layers)
     layers = {layer.spec.name: layer for layer in inventory.layers}
     # Of tied layers, the first or the last may give its name.
     (shared,) = {"shared", "tied"} & set(layers)
