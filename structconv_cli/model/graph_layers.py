@@ -24,6 +24,11 @@ _CONVOLUTIONS: dict[Any, int] = {
     _ATEN.conv3d.padding: 3,
     _ATEN.convolution.default: 0,
 }
+_TRANSPOSED = (
+    _ATEN.conv_transpose1d.default,
+    _ATEN.conv_transpose2d.input,
+    _ATEN.conv_transpose3d.input,
+)
 _KINDS: dict[int, Any] = {1: "conv1d", 2: "conv2d", 3: "conv3d"}
 _NORMS: dict[Any, bool] = {
     _ATEN.batch_norm.default: False,
@@ -50,13 +55,11 @@ class Layers:
         tensors: the graph's parameters and buffers by name; computed weights are added to them.
         modules: those made so far, by name.
         names: for each of their tensors, the name that it had.
-        kept: why a convolution stayed as it was, by its weight's name.
     """
 
     tensors: dict[str, torch.Tensor]
     modules: dict[str, nn.Module] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
-    kept: dict[str, str] = field(default_factory=dict)
     _roles: dict[str, tuple[Any, ...]] = field(default_factory=dict)
 
     def put_all(self, graph: fx.Graph, *, training: bool) -> None:
@@ -72,8 +75,6 @@ class Layers:
             if node.op != "call_function":
                 continue
             if _is_layer(node) and _target(arguments(node)["weight"]) in shared:
-                name = str(_target(arguments(node)["weight"]))
-                self.kept[name] = "its weight is used in several ways, not by this layer alone"
                 continue
             if _is_layer(node):
                 self._put_layer(graph, node)
@@ -92,7 +93,6 @@ class Layers:
         if weight is None or not isinstance(tensor, nn.Parameter):
             return
         if given.get("bias") is not None and bias is None:
-            self.kept[weight] = "its bias depends on the input"
             return
         form = _form(node, given, tensor, self.tensors[bias] if bias else None)
         if form is None:
@@ -155,6 +155,26 @@ class Layers:
         while f"{name}_{number}" in (*self.modules, *self.tensors):
             number += 1
         return f"{name}_{number}"
+
+
+def left_calls(graph: fx.Graph) -> dict[str, str]:
+    """Why convolutions of a graph are not modules, by their weight's name, or the node's."""
+    shared = _used_otherwise(graph)
+    found = {}
+    for node in graph.nodes:
+        if node.op != "call_function" or node.target not in (*_CONVOLUTIONS, *_TRANSPOSED):
+            continue
+        name = _target(arguments(node)["weight"])
+        if node.target in _TRANSPOSED or arguments(node).get("transposed"):
+            reason = "a transposed convolution has no structured form here"
+        elif name is None:
+            reason = "its weight depends on the input"
+        elif name in shared:
+            reason = "its weight is used in several ways, not by one convolution alone"
+        else:
+            reason = "its weight is no parameter, or its bias or sizes depend on the input"
+        found[(name or node.name).removesuffix("weight").removesuffix(".")] = reason
+    return found
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from structconv_cli.errors import ArchitectureError, one_line
 from structconv_cli.layer_spec import LayerSpec, spec_of
 from structconv_cli.model.call_sites import CallSite, call_sites
 from structconv_cli.model.eval_mode import eval_mode
+from structconv_cli.model.graph_layers import left_calls
 from structconv_cli.model.plain_layers import PLAIN
 from structconv_cli.model.signature import (
     TensorKind,
@@ -166,10 +167,13 @@ def _functional(model: nn.Module, sites: Sequence[CallSite], calls: Counter[str]
         if layer in calls:
             found[layer] = "its weight is used outside of it, too"
         elif site.kind != "linear" and weight is None:
-            found[layer] = "a function call, not a module, computes it: its weight is not constant"
+            reason = (
+                "a function call, not a module, computes it, with a weight that is no parameter"
+            )
+            found[site.owner or "a function call"] = reason
         elif site.kind != "linear":
             found[layer] = "a function call, not a module, computes it"
-    return found
+    return found | (left_calls(model.graph) if isinstance(model, fx.GraphModule) else {})
 
 
 def _recorder(

@@ -98,12 +98,11 @@ def trainable(program: torch.export.ExportedProgram, *inputs: Tensor) -> Plain:
     _check_arguments(program)
     traced = traced_module(program)
     check_batch(traced.model, inputs)
-    notes = tuple(f"{name} stays as it is: {reason}." for name, reason in traced.kept.items())
     folded = tuple(
         FoldedLayer(_owner(c.name), _owner(c.name), nn.Identity(), c.sources, False)
         for c in traced.computed
     )
-    return Plain(traced.model, traced.names, folded, (*notes, *_irreversible(folded)))
+    return Plain(traced.model, traced.names, folded, _irreversible(folded))
 
 
 def restore(
@@ -288,8 +287,7 @@ def _traced(
         for layer in found.folded
         if _weight(layer) in back
     )
-    kept = tuple(f"{name} stays as it is: {reason}." for name, reason in traced.kept.items())
-    notes = (*found.notes, note, *kept, *_irreversible(computed))
+    notes = (*found.notes, note, *_irreversible(computed))
     model = traced.model.train(found.model.training)
     return Plain(model, names, (*folded, *computed), notes)
 

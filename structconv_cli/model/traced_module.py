@@ -58,13 +58,11 @@ class Traced:
         model: takes and gives what the program's own model did; in eval mode.
         names: by tensor of the model, the names that the program has for it.
         computed: its weights that no single tensor of the program is.
-        kept: why convolutions stayed function calls, by their weight's name.
     """
 
     model: fx.GraphModule
     names: dict[str, tuple[str, ...]]
     computed: tuple[Computed, ...]
-    kept: dict[str, str]
 
 
 def export_model(model: nn.Module, *inputs: torch.Tensor) -> torch.export.ExportedProgram:
@@ -124,7 +122,7 @@ def traced_module(program: torch.export.ExportedProgram) -> Traced:
     found = {name: names.get(layers.names.get(name, name), ()) for name in model.state_dict()}
     renamed = {before: now for now, before in layers.names.items()}
     folded = tuple(Computed(renamed.get(c.name, c.name), c.sources) for c in computed)
-    return Traced(model, found, folded, layers.kept)
+    return Traced(model, found, folded)
 
 
 def check_batch(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
