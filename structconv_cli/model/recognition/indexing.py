@@ -4,6 +4,7 @@ They are built in processes of their own, as many as there are processors, which
 leaves this process without the memory that hundreds of models took.
 """
 
+import gc
 import importlib.metadata
 import json
 import os
@@ -20,7 +21,7 @@ from pydantic import TypeAdapter
 
 from structconv_cli.errors import ArchitectureError
 from structconv_cli.model.architecture import Architecture
-from structconv_cli.model.library import LIBRARIES, Library, installed, version
+from structconv_cli.model.library import LIBRARIES, Library, installed, model_names, version
 from structconv_cli.model.recognition.catalogue import library_architectures
 from structconv_cli.model.recognition.description import describe
 from structconv_cli.model.recognition.index import Entry, read_index, write_index
@@ -140,10 +141,16 @@ def _work() -> None:
     """Describe the architectures that stdin lists, one line of stdout for each."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print goes nowhere
-    for one in json.loads(sys.stdin.buffer.read()):
+    wanted = json.loads(sys.stdin.buffer.read())
+    for library in LIBRARIES:
+        if installed(library):
+            model_names(library)  # imports it
+    gc.freeze()
+    for one in wanted:
         entry = describe_architecture(Architecture(one["reference"], one["arguments"]))
         answers.write(TypeAdapter(Entry).dump_json(entry) + b"\n")
         answers.flush()
+        gc.collect()  # models refer to themselves, and would pile up
 
 
 if __name__ == "__main__":
