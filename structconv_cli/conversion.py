@@ -27,7 +27,7 @@ class ConvertRequest:
 
     Attributes:
         checkpoint: the user's checkpoint file.
-        architecture: what builds the model that it fits.
+        architecture: what builds the model that it fits; None to recognise it.
         data: what to tune or fit, and judge on; None where the task file loads it, or there is
             none, and nothing is tuned.
         recipe: how to fine-tune.
@@ -48,7 +48,7 @@ class ConvertRequest:
     """
 
     checkpoint: Path
-    architecture: Architecture
+    architecture: Architecture | None
     data: DataSpec | None
     recipe: Recipe
     n: int

@@ -1,11 +1,12 @@
 """The pipeline: checkpoint, data and plan in; a run folder with a verified ONNX model out."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
 import onnx
+import torch
 from torch import nn
 
 from structconv_cli import __version__
@@ -24,7 +25,8 @@ from structconv_cli.conversion_steps import (
 from structconv_cli.data.dataset import load_dataset
 from structconv_cli.errors import StructconvError
 from structconv_cli.json_file import write_json
-from structconv_cli.model.checkpoint import Checkpoint, save_like
+from structconv_cli.model.checkpoint import save_like
+from structconv_cli.model.plain import restore
 from structconv_cli.model.signature import sized
 from structconv_cli.onnx.export import export_onnx
 from structconv_cli.onnx.file import load_onnx, save_onnx
@@ -78,14 +80,13 @@ def convert(
     with new_run_folder(request.out, replaces) as folder:
         with observer.stage("rewrite and export"):
             save_onnx(original, folder.original_onnx)
-            dense_graph = _write_models(folder, ready, tuned, plan)
+            dense_graph, files = _write_models(folder, ready, tuned, plan)
             write_json(plan, folder.plan)
             if found.prediction is not None:
                 write_json(found.prediction, folder.prediction)
                 draw_curve(found.prediction, folder.curve)
             write_json(inventory, folder.inventory)
-            dense_file = _dense_file(folder, ready.checkpoint)
-            folder.write_info(_run_info(request, folder, ready, plan, dense_file))
+            folder.write_info(_run_info(request, ready, plan, files))
         with observer.stage("lowering"):
             feeds = ready.feeds(request.lowering.target.batch_size)
             lowering = lower_into(folder, dense_graph, plan, request.lowering, feeds, observer)
@@ -174,26 +175,32 @@ def verify_run(path: Path, observer: Observer = SILENT) -> VerifyResult:
 
 def _write_models(
     folder: RunFolder, ready: Prepared, tuned: nn.Module, plan: Plan
-) -> onnx.ModelProto:
-    """Write weights, the dense graph and reference outputs; return the graph."""
-    checkpoint = ready.checkpoint
-    state = tuned.state_dict()
-    dense = {name: state[name] for name in checkpoint.tensors}
-    save_like(checkpoint, dense, _dense_file(folder, checkpoint))
+) -> tuple[onnx.ModelProto, dict[str, str]]:
+    """Write weights, the dense graph and reference outputs; return the graph and the files."""
+    files = _write_dense(folder, ready, tuned.state_dict(), plan)
     rewritten = rewrite(tuned, plan.structures)
     save_tensors(rewritten.state_dict(), folder.structured_weights, plan)
     dense_graph = export_onnx(tuned, *sized(ready.real, TRACE_BATCH))
     save_onnx(dense_graph, folder.dense_onnx)
     save_tensors(record_reference(tuned, ready.inventory, ready.real), folder.reference, plan)
-    return dense_graph
+    return dense_graph, files
 
 
-def _dense_file(folder: RunFolder, checkpoint: Checkpoint) -> Path:
-    return folder.dense_weights(".safetensors" if checkpoint.kind == "safetensors" else ".pt")
+def _write_dense(
+    folder: RunFolder, ready: Prepared, state: Mapping[str, torch.Tensor], plan: Plan
+) -> dict[str, str]:
+    """Write the dense weights for the user's model, and by the plain layers' names; the files."""
+    checkpoint = ready.opened.checkpoint
+    own = folder.dense_weights(".safetensors" if checkpoint.kind == "safetensors" else ".pt")
+    save_like(checkpoint, restore(ready.plain, state, checkpoint.tensors), own)
+    if ready.plain.is_as_it_was:
+        return run_files(folder, own)
+    save_tensors(state, folder.plain_weights, plan)
+    return run_files(folder, folder.plain_weights) | {"checkpoint": own.name}
 
 
 def _run_info(
-    request: ConvertRequest, folder: RunFolder, ready: Prepared, plan: Plan, dense_file: Path
+    request: ConvertRequest, ready: Prepared, plan: Plan, files: dict[str, str]
 ) -> RunInfo:
     return RunInfo(
         format=FORMAT,
@@ -201,11 +208,11 @@ def _run_info(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         command=request.command,
         checkpoint=str(request.checkpoint.absolute()),
-        architecture=request.architecture,
+        architecture=ready.opened.architecture,
         task=task_name(ready.task),
         data=ready.spec,
         plan_sha256=plan.digest,
-        files=run_files(folder, dense_file),
+        files=files,
     )
 
 

@@ -6,12 +6,17 @@ from typing import Literal
 import torch
 from torch import nn
 
+from structconv_cli.model.padded_conv import PaddedConv1d, PaddedConv2d, PaddedConv3d
+
 Kind = Literal["conv1d", "conv2d", "conv3d", "linear"]
 
 CONVOLUTIONS: dict[type[nn.Module], Kind] = {
     nn.Conv1d: "conv1d",
     nn.Conv2d: "conv2d",
     nn.Conv3d: "conv3d",
+    PaddedConv1d: "conv1d",
+    PaddedConv2d: "conv2d",
+    PaddedConv3d: "conv3d",
 }
 
 
@@ -57,7 +62,7 @@ class LayerSpec:
 
 
 def spec_of(name: str, module: nn.Module) -> LayerSpec:
-    """Describe a module that is exactly an nn.Conv1d/2d/3d or nn.Linear.
+    """Describe a module that is exactly an nn.Conv1d/2d/3d, a PaddedConv1d/2d/3d or an nn.Linear.
 
     Raises:
         TypeError: any other module, subclasses included: their forward may differ.
@@ -82,6 +87,8 @@ def spec_of(name: str, module: nn.Module) -> LayerSpec:
 
 
 def _padding(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[tuple[int, int], ...]:
+    if isinstance(module, PaddedConv1d | PaddedConv2d | PaddedConv3d):
+        return module.pads
     if module.padding == "valid":
         return tuple((0, 0) for _ in module.kernel_size)
     if module.padding == "same":

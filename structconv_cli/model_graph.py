@@ -1,6 +1,7 @@
 """The ONNX graph of what the user names: an ONNX file, or a checkpoint and its architecture."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
@@ -8,14 +9,17 @@ import torch
 from torch import nn
 
 from structconv_cli.errors import ArchitectureError, PlanError
-from structconv_cli.model.architecture import Architecture, build_model
-from structconv_cli.model.checkpoint import load_checkpoint, load_into
+from structconv_cli.model.architecture import Architecture
+from structconv_cli.model.inventory import first_channels
+from structconv_cli.model.opening import Opened, open_model
+from structconv_cli.model.plain import plain
 from structconv_cli.model.signature import input_names
 from structconv_cli.onnx.example_inputs import Shapes
 from structconv_cli.onnx.export import export_onnx
 from structconv_cli.onnx.file import load_onnx
 from structconv_cli.onnx.graph import Graph
 from structconv_cli.onnx.lowerable import check_lowerable
+from structconv_cli.progress import SILENT, Observer
 
 _TRACE_BATCH = 2
 _ONNX = re.compile(rb"\x08[\x01-\x40][\x12\x1a\x22\x28\x32\x3a\x42]")
@@ -56,42 +60,96 @@ def image_channels(model: onnx.ModelProto) -> int:
     )
 
 
-def load_graph(
-    path: Path, architecture: Architecture | None, shapes: Shapes
-) -> tuple[onnx.ModelProto, tuple[str, ...]]:
-    """Read a model as an ONNX graph.
+@dataclass(frozen=True, eq=False)
+class ModelSource:
+    """What the user named, read: an ONNX graph, or a checkpoint's model.
+
+    Attributes:
+        read: the one or the other.
+        notes: what was found rather than told, one sentence each.
+    """
+
+    read: onnx.ModelProto | Opened
+    notes: tuple[str, ...]
+
+    @property
+    def takes_images_alone(self) -> bool:
+        """Whether sizes of images are those of its one input, which has no name of its own yet."""
+        return isinstance(self.read, Opened)
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images that it takes.
+
+        Raises:
+            PlanError: it takes no images, or several inputs.
+        """
+        if isinstance(self.read, onnx.ModelProto):
+            return image_channels(self.read)
+        return model_channels(self.read.model)
+
+    def graph(self, shapes: Shapes) -> tuple[onnx.ModelProto, tuple[str, ...]]:
+        """The model as an ONNX graph, its layers plain ones.
+
+        Args:
+            shapes: sizes of the inputs. A checkpoint needs them all: of one input as "input", of
+                several by the names of its forward pass's parameters.
+
+        Returns:
+            The graph, and one sentence on each part of it that structconv leaves alone.
+
+        Raises:
+            StructconvError: a checkpoint comes without input size; the model cannot be exported.
+        """
+        if isinstance(self.read, onnx.ModelProto):
+            return self.read, self.notes
+        if not shapes:
+            raise ArchitectureError(
+                "a checkpoint does not say how large its images are. Give the size of one batch, "
+                "such as --input-shape 1x3x224x224."
+            )
+        example = noise_inputs(self.read.model, shapes, _TRACE_BATCH)
+        found = plain(self.read.model, *example)
+        return export_onnx(found.model, *example), (*self.notes, *found.notes)
+
+
+def open_source(
+    path: Path, architecture: Architecture | None, observer: Observer = SILENT
+) -> ModelSource:
+    """Read an ONNX file, or a checkpoint and what builds its model.
 
     Args:
-        path: an .onnx file, or a checkpoint.
-        architecture: what builds the model that the checkpoint fits; not used for an ONNX file.
-        shapes: sizes of the inputs. A checkpoint needs them all: of one input as "input", of
-            several by the names of its forward pass's parameters.
-
-    Returns:
-        The graph, and one sentence on each part of it that structconv leaves alone.
+        path: the file.
+        architecture: what builds the model that a checkpoint fits; None to recognise it. Not used
+            for an ONNX file.
+        observer: is told of long work.
 
     Raises:
-        StructconvError: the file cannot be read; a checkpoint comes without architecture or input
-            size; the model cannot be exported.
+        StructconvError: the file cannot be read, or the model not be built.
     """
-    if path.suffix == ".onnx":
+    if is_onnx(path):
         model = load_onnx(path)
-        return model, check_lowerable(model)
-    if architecture is None:
-        raise ArchitectureError(
-            f"{path} is no .onnx file, and a checkpoint holds weights only: name what builds the "
-            "model with --arch FILE.py:FACTORY."
+        return ModelSource(model, check_lowerable(model))
+    opened = open_model(path, architecture, observer)
+    return ModelSource(opened, opened.notes)
+
+
+def model_channels(model: nn.Module) -> int:
+    """Channels of the images that a PyTorch model takes.
+
+    Raises:
+        PlanError: it has no convolution.
+    """
+    found = first_channels(model)
+    if found is None:
+        # Convolutions may be function calls; the first kernel is the first convolution's.
+        found = next((p.shape[1] for p in model.parameters() if p.ndim > 2), None)
+    if found is None:
+        raise PlanError(
+            "the model has no convolution, so there is nothing to structure. structconv is for "
+            "convolutional networks."
         )
-    if not shapes:
-        raise ArchitectureError(
-            "a checkpoint does not say how large its images are. Give the size of one batch, such "
-            "as --input-shape 1x3x224x224."
-        )
-    checkpoint = load_checkpoint(path)
-    built = build_model(architecture)
-    load_into(built, checkpoint)
-    built.float().eval()
-    return export_onnx(built, *noise_inputs(built, shapes, _TRACE_BATCH)), ()
+    return found
 
 
 def noise_inputs(

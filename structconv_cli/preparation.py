@@ -15,11 +15,11 @@ from structconv_cli.data.dataset import Dataset, load_dataset
 from structconv_cli.data.hold_out import load_or_hold_out
 from structconv_cli.data.spec import DataSpec
 from structconv_cli.errors import PlanError, StructconvError
-from structconv_cli.model.architecture import build_model
-from structconv_cli.model.checkpoint import Checkpoint, load_checkpoint, load_into
-from structconv_cli.model.inventory import Inventory, first_channels, take_inventory
+from structconv_cli.model.inventory import Inventory, take_inventory
+from structconv_cli.model.opening import Opened, open_model
+from structconv_cli.model.plain import Plain, plain
 from structconv_cli.model.signature import sized
-from structconv_cli.model_graph import noise_inputs
+from structconv_cli.model_graph import model_channels, noise_inputs
 from structconv_cli.onnx.export import export_onnx
 from structconv_cli.plan import Plan, read_plan
 from structconv_cli.planning.check import check_plan
@@ -41,8 +41,8 @@ class Prepared:
     """What a conversion starts from, loaded and checked.
 
     Attributes:
-        checkpoint: the user's weights.
-        model: with these weights, in eval mode.
+        opened: the user's weights and model.
+        plain: the same model, of plain layers.
         spec: the data as it was loaded; None where the task file loads it, or there is none.
         data: to tune and judge on; likewise.
         source: gives examples to fit on and to plan with; None where there is no data.
@@ -55,8 +55,8 @@ class Prepared:
         notes: what the user should know, one sentence each.
     """
 
-    checkpoint: Checkpoint
-    model: nn.Module
+    opened: Opened
+    plain: Plain
     spec: DataSpec | None
     data: Dataset | None
     source: Task | None
@@ -66,6 +66,11 @@ class Prepared:
     given: Plan | None
     original: onnx.ModelProto
     notes: tuple[str, ...]
+
+    @property
+    def model(self) -> nn.Module:
+        """The model of plain layers, with the user's weights, in eval mode."""
+        return self.plain.model
 
     def feeds(self, batch: int) -> dict[str, npt.NDArray[Any]]:
         """A batch of the model's inputs by name, to time it with."""
@@ -84,24 +89,27 @@ def prepare(request: ConvertRequest, world: World, observer: Observer) -> Prepar
         StructconvError: whatever is wrong with it.
     """
     with observer.stage("checkpoint"):
-        checkpoint, model = _load_model(request)
+        opened = open_model(request.checkpoint, request.architecture, observer)
+        channels = model_channels(opened.model)
     with observer.stage("data"):
-        spec, data, source, task, notes = _load_data(request, model, world, observer)
+        spec, data, source, task, notes = _load_data(request, channels, world, observer)
         if source is None:
-            real = noise_inputs(model, request.shapes, REAL_EXAMPLES, request.recipe.seed)
+            real = noise_inputs(opened.model, request.shapes, REAL_EXAMPLES, request.recipe.seed)
         else:
             real = source.examples(REAL_EXAMPLES)
         _check_drop(request, task)
     with observer.stage("export of the original"):
         example = sized(real, TRACE_BATCH)
-        inventory = take_inventory(model, *example)
+        found = plain(opened.model, *example)
+        inventory = take_inventory(found.model, *example)
         if task is not None:
-            task.check(model)
+            task.check(found.model)
         given = given_plan(request, inventory) if request.targets.is_empty else None
-        original = export_onnx(model, *example)
+        original = export_onnx(found.model, *example)
+    notes = [*opened.notes, *found.notes, *notes]
     return Prepared(
-        checkpoint,
-        model,
+        opened,
+        found,
         spec,
         data,
         source,
@@ -125,23 +133,10 @@ def given_plan(request: ConvertRequest, inventory: Inventory) -> Plan:
     return rule_plan(inventory, request.n, request.channels)
 
 
-def _load_model(request: ConvertRequest) -> tuple[Checkpoint, nn.Module]:
-    checkpoint = load_checkpoint(request.checkpoint)
-    model = build_model(request.architecture)
-    load_into(model, checkpoint)
-    return checkpoint, model.float().eval()
-
-
 def _load_data(
-    request: ConvertRequest, model: nn.Module, world: World, observer: Observer
+    request: ConvertRequest, channels: int, world: World, observer: Observer
 ) -> tuple[DataSpec | None, Dataset | None, Task | None, Task | None, list[str]]:
     """The data, what gives examples of it, what judges by it, and notes."""
-    channels = first_channels(model)
-    if channels is None:
-        raise PlanError(
-            f"the model that {request.architecture.reference} builds has no convolution, so there "
-            "is nothing to structure. structconv is for convolutional networks."
-        )
     if request.task is not None:
         task = task_for(request.task, request.recipe, world)
         return None, None, task, task, []

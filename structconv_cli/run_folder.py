@@ -90,6 +90,11 @@ class RunFolder:
         return self.path / f"structured_dense{suffix}"
 
     @property
+    def plain_weights(self) -> Path:
+        """The same by the names of the plain layers, where the user's model has others."""
+        return self.path / "plain_dense.safetensors"
+
+    @property
     def original_onnx(self) -> Path:
         """The user's model as it came."""
         return self.path / "original.onnx"

@@ -4,14 +4,8 @@ A structured kernel (paper, section 3) of size C x N_1 x .. x N_d with parameter
 is a combination of all placements of a block of ones of size (C-c+1) x (N_1-n_1+1) x ... Along one
 axis of length L with l placements, the basis is the banded matrix A of shape (L, l) with ones at
 rows m .. m+k-1 of column m, where k = L-l+1 is the window. Over several axes it is the Kronecker
-product of these matrices, so everything here works axis by axis and never builds it.
-
-Along one axis, a vector lies in the range of A exactly when its sums over the k residue classes of
-the index modulo k are equal (our derivation: every window of k neighbours meets each class once, so
-the k-1 differences of class indicators are orthogonal to the range, and span its complement). With
-m_r members and sum S_r in class r, the nearest such vector shifts every member of class r by
-(S - S_r) / m_r, where S = sum_r (S_r / m_r) / sum_r (1 / m_r). So projection takes O(L) operations
-and no factorisation.
+product of these matrices, so everything here works axis by axis (`structured_axis`) and never
+builds it.
 
 Along the channels two more choices are part of the structure (our derivation). *Which channels are
 read, in which order*: single-channel masks are a binary basis too, so a selection of channels is a
@@ -20,10 +14,7 @@ any order. *Balanced*: the sub-case in which all class sums are zero, S = 0, one
 fewer per filter and offset, whose lowered form needs no sum over channels.
 """
 
-import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from math import prod
 from typing import Annotated
 
@@ -34,47 +25,18 @@ from pydantic import (
     SerializerFunctionWrapHandler,
     model_serializer,
 )
-from torch.nn.functional import pad
 
+from structconv_cli.channel_words import channel_numbers, channel_words
 from structconv_cli.errors import StructureError
-from structconv_cli.sum_pool import box_sum
-
-
-def _channels(value: object) -> object:
-    """Channel numbers from words such as "0-3,7"; anything else as it is."""
-    if not isinstance(value, str):
-        return value
-    found: list[int] = []
-    for word in value.split(",") if value else ():
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", word)
-        if match is None:
-            raise ValueError(f'channels are written as "0-3,7"; found "{word}"')
-        first = int(match[1])
-        last = int(match[2]) if match[2] else first
-        if not 0 <= last - first < _MOST_CHANNELS:
-            raise ValueError(
-                f'"{word}" must rise from its first channel to its last, by less than '
-                f"{_MOST_CHANNELS}"
-            )
-        found += range(first, last + 1)
-    return tuple(found)
-
-
-def _words(channels: tuple[int, ...]) -> str:
-    """Channel numbers in few words, as in "0-3,7"; for files that people read."""
-    runs: list[list[int]] = []
-    for channel in channels:
-        if runs and channel == runs[-1][1] + 1:
-            runs[-1][1] = channel
-        else:
-            runs.append([channel, channel])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-
-
-_MOST_CHANNELS = 2**20
-
-AxisMap = Callable[[torch.Tensor, int, int], torch.Tensor]
-"""Maps one axis of a weight, given the axis and its reduced size."""
+from structconv_cli.structured_axis import (
+    AxisMap,
+    balance,
+    basis_axis,
+    coefficients_axis,
+    expand_axis,
+    kernel_matrix,
+    project_axis,
+)
 
 _SMALL_KERNEL = 64
 """Positions up to which a kernel's axes are mapped by one matrix product: their loops are short."""
@@ -100,7 +62,9 @@ class Structure:
     dense: tuple[int, ...]
     reduced: tuple[int, ...]
     reads: Annotated[
-        tuple[int, ...], BeforeValidator(_channels), PlainSerializer(_words, when_used="json")
+        tuple[int, ...],
+        BeforeValidator(channel_numbers),
+        PlainSerializer(channel_words, when_used="json"),
     ] = ()
     balanced: bool = False
 
@@ -170,13 +134,13 @@ class Structure:
     def coefficients(self, weight: torch.Tensor) -> torch.Tensor:
         """Least-squares coefficients A^+ W of shape (C_out, *reduced)."""
         self._check(weight, self.dense)
-        return self._each_axis(self._projected(weight), _coefficients_axis, self.reduced)
+        return self._each_axis(self._projected(weight), coefficients_axis, self.reduced)
 
     def expand(self, coefficients: torch.Tensor) -> torch.Tensor:
         """The dense weight A a of shape (C_out, *dense) that these coefficients stand for."""
         self._check(coefficients, self.reduced)
         for axis, window in enumerate(self.windows, start=1):
-            coefficients = _expand_axis(coefficients, axis, window)
+            coefficients = expand_axis(coefficients, axis, window)
         return self.scattered(coefficients)
 
     def gathered(self, weight: torch.Tensor, axis: int = 1) -> torch.Tensor:
@@ -219,7 +183,7 @@ class Structure:
             for axis, small in enumerate(self.reduced[1:], start=2):
                 weight = apply(weight, axis, small)
             return weight
-        matrix = _kernel_matrix(apply, kernel, self.reduced[1:]).to(weight)
+        matrix = kernel_matrix(apply, kernel, self.reduced[1:]).to(weight)
         return (weight.flatten(2) @ matrix).reshape(*weight.shape[:2], *sizes[1:])
 
     def residual(self, weight: torch.Tensor) -> float:
@@ -261,77 +225,3 @@ class Structure:
                 f"{self.reduced} of {self.dense}: expected (C_out, "
                 f"{', '.join(map(str, sizes))})."
             )
-
-
-@lru_cache(maxsize=256)
-def _kernel_matrix(
-    apply: AxisMap, kernel: tuple[int, ...], reduced: tuple[int, ...]
-) -> torch.Tensor:
-    """What a map does to all axes of a kernel, as a matrix to multiply with from the right."""
-    matrix = torch.ones(1, 1, dtype=torch.float64)
-    for size, small in zip(kernel, reduced, strict=True):
-        matrix = torch.kron(matrix, apply(torch.eye(size, dtype=torch.float64), 1, small))
-    return matrix
-
-
-def basis_axis(length: int, reduced: int) -> torch.Tensor:
-    """The (length, reduced) matrix whose column m has ones at rows m .. m + length - reduced."""
-    rows = torch.arange(length).unsqueeze(1)
-    columns = torch.arange(reduced).unsqueeze(0)
-    return ((rows >= columns) & (rows <= columns + length - reduced)).double()
-
-
-def project_axis(weight: torch.Tensor, axis: int, reduced: int) -> torch.Tensor:
-    """Project along one axis by making its residue-class sums equal (see the module's text)."""
-    length = weight.shape[axis]
-    window = length - reduced + 1
-    if window == 1:
-        return weight
-    classes = _residue_classes(weight, axis, window)
-    rows = classes.shape[axis]
-    members = torch.full((window,), float(rows), dtype=weight.dtype, device=weight.device)
-    members[length - (rows - 1) * window :] -= 1
-    members = members.reshape(-1, *[1] * (weight.ndim - 1 - axis))
-    sums = classes.sum(axis)
-    common = (sums / members).sum(axis, keepdim=True) / (1 / members).sum()
-    shifted = classes + ((common - sums) / members).unsqueeze(axis)
-    return shifted.flatten(axis, axis + 1).narrow(axis, 0, length)
-
-
-def balance(weight: torch.Tensor, window: int) -> torch.Tensor:
-    """The nearest weight (C_out, C, ...) whose residue-class sums along axis 1 are all zero."""
-    classes = torch.arange(weight.shape[1], device=weight.device) % window
-    sums = weight.new_zeros(len(weight), window, *weight.shape[2:]).index_add(1, classes, weight)
-    members = torch.bincount(classes, minlength=window).to(weight.dtype)
-    means = sums / members.reshape(1, -1, *([1] * (weight.ndim - 2)))
-    return weight - means[:, classes]
-
-
-def _coefficients_axis(weight: torch.Tensor, axis: int, reduced: int) -> torch.Tensor:
-    """Solve A a = w for a weight inside the range: a_j = w_j - w_{j-1} + a_{j-window}."""
-    window = weight.shape[axis] - reduced + 1
-    if window == 1:
-        return weight
-    head = weight.narrow(axis, 0, reduced)
-    steps = torch.diff(head, dim=axis, prepend=torch.zeros_like(head.narrow(axis, 0, 1)))
-    solved = _residue_classes(steps, axis, window).cumsum(axis)
-    return solved.flatten(axis, axis + 1).narrow(axis, 0, reduced)
-
-
-def _expand_axis(coefficients: torch.Tensor, axis: int, window: int) -> torch.Tensor:
-    if window == 1:
-        return coefficients
-    padded = _padded(coefficients, axis, window - 1, window - 1)
-    return box_sum(padded, axis, window)
-
-
-def _residue_classes(x: torch.Tensor, axis: int, window: int) -> torch.Tensor:
-    """Reshape an axis to (rows, window), zero-filled, so that column r is class r."""
-    rows = -(-x.shape[axis] // window)
-    filled = _padded(x, axis, 0, rows * window - x.shape[axis])
-    return filled.reshape(*x.shape[:axis], rows, window, *x.shape[axis + 1 :])
-
-
-def _padded(x: torch.Tensor, axis: int, before: int, after: int) -> torch.Tensor:
-    """Zeros added to both ends of an axis."""
-    return pad(x, (0, 0) * (x.ndim - 1 - axis) + (before, after)) if before or after else x

@@ -180,7 +180,8 @@ def _made_for(request: ConvertRequest) -> dict[str, str]:
     kept = {name: v for name, v in found.items() if not f"{name}.".startswith(free)}
     files = {"checkpoint": request.checkpoint, "plan_file": request.plan_file}
     files["task"] = request.task
-    files["architecture"] = Path(request.architecture.reference.rpartition(":")[0])
+    if request.architecture is not None:
+        files["architecture"] = Path(request.architecture.reference.rpartition(":")[0])
     for role, file in files.items():
         if file is not None and file.is_file():
             kept[f"contents of {role}"] = _digest(file)

@@ -178,12 +178,12 @@ def test_a_bias_parametrisation_is_not_missed() -> None:
     assert [entry.name for entry in inventory.unsupported] == ["0"]
 
 
-def test_a_weight_used_without_its_module_is_not_run() -> None:
+def test_a_weight_used_without_its_module_is_a_function_call() -> None:
     model = Applied(
         lambda m, x: flat(nn.functional.conv2d(x, m.conv.weight)), conv=nn.Conv2d(3, 4, 1)
     )
     assert take_inventory(model, IMAGES).unsupported == (
-        Unsupported("conv", "the forward pass does not run it"),
+        Unsupported("conv", "a function call, not a module, computes it"),
     )
 
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from structconv_cli.errors import StructureError
-from structconv_cli.structure import Structure, project_axis
+from structconv_cli.structure import Structure
+from structconv_cli.structured_axis import project_axis
 
 EXACT = {torch.float64: 1e-12, torch.float32: 2e-6}
 """Relative tolerance: a few hundred roundings of kernels with at most 6^3 elements."""

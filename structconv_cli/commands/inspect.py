@@ -28,7 +28,7 @@ def inspect(
         from structconv_cli.json_file import to_json
         from structconv_cli.model.architecture import Architecture, parse_arguments
         from structconv_cli.model.signature import INPUT
-        from structconv_cli.model_graph import load_graph
+        from structconv_cli.model_graph import open_source
         from structconv_cli.onnx.example_inputs import example_inputs
         from structconv_cli.onnx.target import Target
         from structconv_cli.onnx.timing_cache import default_path
@@ -40,7 +40,7 @@ def inspect(
         architecture = Architecture(arch, parse_arguments(arch_arg or [])) if arch else None
         shapes = parse_shapes(input_shape or [], only=INPUT)
         with observer.stage("model"):
-            graph, notes = load_graph(model, architecture, shapes)
+            graph, notes = open_source(model, architecture, observer).graph(shapes)
             feeds = example_inputs(graph, batch_size, shapes)
         result = inspect_graph(graph, target, feeds, timings or default_path(), observer)
         if json:

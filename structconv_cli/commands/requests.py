@@ -138,11 +138,6 @@ def checkpoint_request(
     Raises:
         typer.BadParameter: options are missing or contradict one another.
     """
-    if architecture is None:
-        raise typer.BadParameter(
-            f"{wish.model} is no ONNX file, and a checkpoint holds weights only: name what builds "
-            "the model with --arch FILE.py:FACTORY."
-        )
     _check_data(wish, task, trained=recipe.epochs > 0)
     return ConvertRequest(
         checkpoint=wish.model,

@@ -3,13 +3,16 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from structconv_cli.errors import ArchitectureError, one_line
-from structconv_cli.layer_spec import CONVOLUTIONS, LayerSpec, spec_of
+from structconv_cli.layer_spec import LayerSpec, spec_of
+from structconv_cli.model.call_sites import CallSite, call_sites
 from structconv_cli.model.eval_mode import eval_mode
+from structconv_cli.model.plain_layers import PLAIN
 from structconv_cli.model.signature import (
     TensorKind,
     input_names,
@@ -17,7 +20,6 @@ from structconv_cli.model.signature import (
     taken_names,
 )
 
-_PLAIN = (*CONVOLUTIONS, nn.Linear)
 FROZEN = "it is frozen (requires_grad=False): fine-tuning could not pay back what structure costs"
 _RELATED = (nn.modules.conv._ConvNd, nn.Linear)
 
@@ -103,13 +105,11 @@ def take_inventory(model: nn.Module, *inputs: torch.Tensor) -> Inventory:
     calls: Counter[str] = Counter()
     handles = []
     for name, module in model.named_modules():
-        if type(module) in _PLAIN and name not in refused:
+        if type(module) in PLAIN and name not in refused:
             handles.append(module.register_forward_hook(_recorder(name, sizes, calls)))
     try:
-        with torch.no_grad(), eval_mode(model):
-            outputs = model(*inputs)
-    except Exception as error:  # noqa: BLE001 - the user's forward may raise anything
-        raise ArchitectureError(_forward_failure(model, inputs, error)) from None
+        with call_sites(model) as sites:
+            outputs = run_once(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
@@ -120,17 +120,56 @@ def take_inventory(model: nn.Module, *inputs: torch.Tensor) -> Inventory:
         TracedLayer(spec_of(name, module), size, calls[name], not module.weight.requires_grad)
         for name, size, module in ((name, size, modules[name]) for name, size in sizes.items())
     )
-    unreached = tuple(
-        Unsupported(name, "the forward pass does not run it")
+    functional = _functional(model, sites, calls)
+    layers = tuple(layer for layer in layers if layer.spec.name not in functional)
+    unreached = {
+        name: "the forward pass does not run it"
         for name, module in modules.items()
-        if type(module) in _PLAIN and name not in sizes and name not in refused
-    )
+        if type(module) in PLAIN and name not in sizes and name not in refused
+    }
+    others = {name: why for name, why in (unreached | functional).items() if name not in refused}
     return Inventory(
         layers,
-        unsupported + unreached,
+        (*unsupported, *(Unsupported(name, why) for name, why in others.items())),
         {name: TensorKind.of(tensor) for name, tensor in zip(names, inputs, strict=True)},
         {name: TensorKind.of(tensor) for name, tensor in named.items()},
     )
+
+
+def run_once(model: nn.Module, inputs: Sequence[torch.Tensor]) -> Any:
+    """Run a model in eval mode, without gradients; it is in its own mode again afterwards.
+
+    Raises:
+        ArchitectureError: it does not run on these inputs.
+    """
+    try:
+        with torch.no_grad(), eval_mode(model):
+            return model(*inputs)
+    except Exception as error:  # noqa: BLE001 - the user's forward may raise anything
+        raise ArchitectureError(_forward_failure(model, inputs, error)) from None
+
+
+def _functional(model: nn.Module, sites: Sequence[CallSite], calls: Counter[str]) -> dict[str, str]:
+    """Layers that the model computes by function calls, outside of plain modules, and why not.
+
+    A convolution is named after its weight, or after the module that computes it; so is a plain
+    layer whose weight is used besides.
+    """
+    modules = dict(model.named_modules())
+    names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
+    found = {}
+    for site in sites:
+        if type(modules[site.owner]) in PLAIN:
+            continue
+        weight = names.get(id(site.weight))
+        layer = (weight or site.owner).removesuffix("weight").removesuffix(".")
+        if layer in calls:
+            found[layer] = "its weight is used outside of it, too"
+        elif site.kind != "linear" and weight is None:
+            found[layer] = "a function call, not a module, computes it: its weight is not constant"
+        elif site.kind != "linear":
+            found[layer] = "a function call, not a module, computes it"
+    return found
 
 
 def _recorder(
@@ -154,7 +193,7 @@ def _unsupported(model: nn.Module) -> tuple[Unsupported, ...]:
     for name, module in model.named_modules():
         if not isinstance(module, _RELATED):
             continue
-        if type(module) not in _PLAIN:
+        if type(module) not in PLAIN:
             kind = type(module).__name__
             reason = (
                 "a transposed convolution has no structured form here"

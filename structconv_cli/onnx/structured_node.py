@@ -12,7 +12,8 @@ from structconv_cli.errors import OnnxError
 from structconv_cli.onnx.graph import Graph, attributes
 from structconv_cli.onnx.nodes import ConvAttributes, is_transposed, layer_of
 from structconv_cli.onnx.spaces import Need
-from structconv_cli.structure import Structure, balance
+from structconv_cli.structure import Structure
+from structconv_cli.structured_axis import balance
 
 ROUNDING = 64 * 2.0**-24
 """Largest relative residual that float32 rounding (of weights, and of folding batch norm) explains;

@@ -11,12 +11,10 @@ from structconv_cli.data.dataset import load_dataset
 from structconv_cli.data.spec import DataSpec
 from structconv_cli.errors import PlanError
 from structconv_cli.json_file import write_json
-from structconv_cli.model.architecture import Architecture, build_model
-from structconv_cli.model.inventory import first_channels
+from structconv_cli.model.architecture import Architecture
 from structconv_cli.model.signature import INPUT
-from structconv_cli.model_graph import image_channels, load_graph
+from structconv_cli.model_graph import open_source
 from structconv_cli.onnx.example_inputs import Shapes, example_inputs
-from structconv_cli.onnx.file import load_onnx
 from structconv_cli.onnx.graph import Graph
 from structconv_cli.plan import read_plan
 from structconv_cli.planning.check import check_plan
@@ -39,7 +37,7 @@ class PlanRequest:
 
     Attributes:
         model: an .onnx file or a checkpoint.
-        architecture: what builds the model that a checkpoint fits.
+        architecture: what builds the model that a checkpoint fits; None to recognise it.
         shapes: sizes of inputs with open axes.
         data: what to predict losses from; None to estimate them.
         images: how many images of the data's training part are used.
@@ -89,15 +87,17 @@ def plan_model(
     """
     files = PlanFiles(request.out)
     check_plan_destination(files, force=request.force)
+    with observer.stage("model"):
+        source = open_source(request.model, request.architecture, observer)
     data = None
     if request.data is not None:
         with observer.stage("data"):
-            data = load_dataset(request.data, channels=_channels(request), progress=observer.steps)
-    with observer.stage("model"):
+            data = load_dataset(request.data, channels=source.channels, progress=observer.steps)
+    with observer.stage("export"):
         shapes = dict(request.shapes)
-        if data is not None and request.architecture is not None:
+        if data is not None and source.takes_images_alone:
             shapes.setdefault(INPUT, (2, *data.train.image_shape))
-        graph, notes = load_graph(request.model, request.architecture, shapes)
+        graph, notes = source.graph(shapes)
         samples = None
         if data is not None:
             seed = request.settings.sensitivity.seed
@@ -137,16 +137,6 @@ def training_samples(task: Task, graph: onnx.ModelProto, count: int) -> Samples:
     inputs, labels = task.samples(min(count, max(_LEAST_SAMPLES, _MOST_NUMBERS // numbers)))
     arrays = {name: tensor.numpy() for name, tensor in zip(view.inputs, inputs, strict=True)}
     return Samples(arrays, None if labels is None else labels.numpy())
-
-
-def _channels(request: PlanRequest) -> int:
-    """Channels of the images that the model takes."""
-    if request.architecture is None:
-        return image_channels(load_onnx(request.model))
-    channels = first_channels(build_model(request.architecture))
-    if channels is None:
-        raise PlanError("the model has no convolution, so there is nothing to plan.")
-    return channels
 
 
 def check_plan_destination(files: PlanFiles, *, force: bool) -> None:

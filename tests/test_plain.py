@@ -1,0 +1,214 @@
+"""Any model as one of plain layers: the same outputs, and a way back to the user's own."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils import parametrizations, prune
+
+from structconv_cli.model.inventory import take_inventory
+from structconv_cli.model.plain import Plain, plain, restore
+
+X = torch.randn(2, 3, 12, 11, generator=torch.Generator().manual_seed(1))
+
+
+class SameConv(nn.Conv2d):
+    """TensorFlow's padding, as timm has it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        sizes = zip(x.shape[-2:], self.kernel_size, self.stride, self.dilation, strict=True)
+        pads = [max((-(-n // s) - 1) * s + (k - 1) * d + 1 - n, 0) for n, k, s, d in sizes]
+        flat = [size for total in reversed(pads) for size in (total // 2, total - total // 2)]
+        x = functional.pad(x, flat)
+        return functional.conv2d(
+            x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups
+        )
+
+
+class StandardConv(nn.Conv2d):
+    """Weight standardisation, as timm has it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = self.weight.reshape(1, self.out_channels, -1)
+        weight = functional.batch_norm(flat, None, None, training=True, momentum=0.0, eps=1e-6)
+        weight = weight.reshape_as(self.weight)
+        return functional.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+
+class Inherits(nn.Conv2d):
+    pass
+
+
+class OwnLayer(nn.Module):
+    """A convolution of the user's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(6, 4, 3, 3) / 6)
+        self.shift = nn.Parameter(torch.randn(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.conv2d(x, self.kernel, self.shift, padding=1)
+
+
+class Around(nn.Module):
+    """A stem, the layer to be looked at, a batch norm and a head."""
+
+    def __init__(self, layer: nn.Module, dims: int = 2) -> None:
+        super().__init__()
+        conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+        norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims - 1]
+        self.stem = conv(3, 4, 3, padding=1)
+        self.layer = layer
+        self.norm = norm(6)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = functional.relu(self.norm(self.layer(functional.relu(self.stem(x)))))
+        result: Tensor = self.head(y.flatten(2).mean(2))
+        return result
+
+
+class Functional(nn.Module):
+    """Convolutions by function calls, one of them with a computed weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.kernel = nn.Parameter(torch.randn(6, 4, 3, 3) / 6)
+        self.shift = nn.Parameter(torch.randn(6))
+        self.inner = nn.Conv2d(6, 6, 3)
+        self.gain = nn.Parameter(torch.rand(6, 1, 1, 1) + 0.5)
+        self.scaled = nn.Parameter(torch.randn(6, 6, 3, 3) / 6)
+        self.norm = nn.BatchNorm2d(6)
+        self.drop = nn.Dropout(0.5)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = functional.relu(self.stem(x))
+        x = functional.relu(self.norm(functional.conv2d(x, self.kernel, self.shift, padding=1)))
+        x = functional.conv2d(x, self.inner.weight, self.inner.bias, stride=2, padding=1)
+        x = functional.conv2d(functional.relu(x), self.gain * self.scaled, padding="same")
+        return {"scores": self.head(self.drop(x.mean((2, 3)))), "features": x}
+
+
+class Lists(nn.Module):
+    """Convolutions in lists and dicts, one shared, two tied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = nn.ModuleList([nn.Conv2d(3, 3, 3, padding=1) for _ in range(3)])
+        self.named = nn.ModuleDict({"a": nn.Conv2d(3, 6, 3), "b": nn.Conv2d(3, 6, 3)})
+        self.steps[1].weight, self.steps[1].bias = self.steps[0].weight, self.steps[0].bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        for step in self.steps:
+            x = functional.relu(step(step(x)))
+        return self.named["a"](x) + self.named["b"](x)
+
+
+def conv(**settings: object) -> nn.Conv2d:
+    return nn.Conv2d(4, 6, 3, **settings)  # type: ignore[arg-type]
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "plain": lambda: Around(conv()),
+    "grouped, dilated": lambda: Around(conv(groups=2, dilation=2)),
+    "inherits": lambda: Around(Inherits(4, 6, 3, padding=1)),
+    "inherits, reflect": lambda: Around(Inherits(4, 6, 3, padding=1, padding_mode="reflect")),
+    "same": lambda: Around(SameConv(4, 6, 3)),
+    "same, stride 2": lambda: Around(SameConv(4, 6, 3, stride=2)),
+    "same, even kernel, dilated": lambda: Around(SameConv(4, 6, 4, stride=(1, 2), dilation=2)),
+    "standardised": lambda: Around(StandardConv(4, 6, 3, padding=1)),
+    "weight norm": lambda: Around(parametrizations.weight_norm(conv())),
+    "weight norm, dim 1": lambda: Around(parametrizations.weight_norm(conv(), dim=1)),
+    "weight norm, hooks": lambda: Around(nn.utils.weight_norm(conv(bias=False))),
+    "spectral norm": lambda: Around(parametrizations.spectral_norm(conv())),
+    "spectral norm, hooks": lambda: Around(nn.utils.spectral_norm(conv())),
+    "pruned": lambda: Around(prune.random_unstructured(conv(), "weight", amount=0.5)),
+    "own layer": lambda: Around(OwnLayer()),
+    "lazy": lambda: Around(nn.LazyConv2d(6, 3, groups=2)),
+    "compiled inside": lambda: Around(torch.compile(conv())),  # type: ignore[arg-type]
+    "compiled": lambda: torch.compile(Around(conv())),  # type: ignore[return-value]
+    "parallel": lambda: nn.DataParallel(Around(conv())),
+    "lists": Lists,
+    "functional": Functional,
+}
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(2)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean.normal_(generator=generator)  # type: ignore[union-attr]
+            module.running_var.uniform_(0.5, 2, generator=generator)  # type: ignore[union-attr]
+    return model.eval()
+
+
+def made(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return randomised(MODELS[name]())
+
+
+def leaves(outputs: object) -> list[Tensor]:
+    return list(outputs.values()) if isinstance(outputs, dict) else [outputs]  # type: ignore[list-item]
+
+
+def outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
+    with torch.no_grad():
+        return leaves(model(x))
+
+
+def assert_same(one: list[Tensor], other: list[Tensor], tolerance: float) -> None:
+    assert len(one) == len(other)
+    for a, b in zip(one, other, strict=True):
+        assert float((a - b).norm()) <= tolerance * float(a.norm())
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_outputs_stay_and_every_layer_can_be_structured(name: str, dtype: torch.dtype) -> None:
+    x = X.to(dtype)
+    model = made(name).to(dtype)
+    model(x)
+    expected = outputs(model, x)
+    state = copy.deepcopy(model.state_dict())
+    found = plain(model, x)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-10
+    assert_same(expected, outputs(found.model, x), tolerance)
+    # The user's own model is as it was.
+    assert_same(expected, outputs(model, x), 0)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, state[key])
+    inventory = take_inventory(found.model, x)
+    assert inventory.unsupported == ()
+    assert {layer.spec.kind for layer in inventory.layers} <= {"conv2d", "linear"}
+    assert any(layer.spec.weight_shape[0] == 6 for layer in inventory.layers)
+
+
+def changed(found: Plain) -> Plain:
+    """With other weights, as fine-tuning leaves them."""
+    with torch.no_grad():
+        for parameter in found.model.parameters():
+            parameter.add_(torch.randn_like(parameter) * parameter.std().nan_to_num(0.1))
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("standardised",)])
+def test_changed_weights_go_back_into_the_users_model(name: str) -> None:
+    model = made(name).double()
+    model(X.double())
+    found = changed(plain(model, X.double()))
+    original = model.state_dict()
+    restored = restore(found, found.model.state_dict(), original)
+    if name == "functional":
+        assert set(restored) - set(original) == {"scaled_folded.folded_weight"}
+        assert set(original) - set(restored) == {"gain", "scaled"}
+        return
+    assert list(restored) == list(original)
+    model.load_state_dict(restored)
+    assert_same(outputs(found.model, X.double()), outputs(model.eval(), X.double()), 1e-10)
+    assert not any("cannot compute" in note for note in found.notes)
