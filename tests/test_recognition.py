@@ -333,7 +333,6 @@ def test_torchvision_and_timm_agree_on_resnet18():
 @needs_timm
 def test_padding_as_in_tensorflow_is_asked_about():
     # Their tensors are the same; one pads unevenly and has another epsilon.
-    one, other = (Architecture(f"timm:{name}") for name in ("tinynet_e", "lcnet_050"))
     lite = [
         Architecture(f"timm:{name}") for name in ("efficientnet_lite0", "tf_efficientnet_lite0")
     ]

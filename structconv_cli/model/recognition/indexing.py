@@ -32,18 +32,24 @@ from structconv_cli.progress import SILENT, Observer
 _MOST_PROCESSES = 8
 _SAVED_EVERY_S = 20.0
 _LONGEST_S = 1800.0
+_Answers = queue.Queue[tuple[int, bytes | None]]
+"""What worker processes say: which of them, and a line; None when it has ended."""
 
 
 def installed_entries(observer: Observer = SILENT) -> list[Entry]:
     """The descriptions of all architectures of torchvision and timm, as far as installed.
 
     They come from the cache folder; those that are missing there are made, which takes minutes,
-    and kept, also when that is interrupted.
+    and kept, also when that is interrupted. A library that cannot be imported gives one entry with
+    the reason.
     """
     entries = []
     for library in LIBRARIES:
         if installed(library):
-            entries += _library_entries(library, observer)
+            try:
+                entries += _library_entries(library, observer)
+            except ArchitectureError as error:  # said where nothing else fits
+                entries.append(Entry(Architecture(f"{library}:"), None, str(error)))
     return entries
 
 
@@ -102,23 +108,31 @@ def _described(wanted: Sequence[Architecture]) -> Iterator[Entry]:
         )
         for _ in range(count)
     ]
-    lines: queue.Queue[bytes | None] = queue.Queue()
-    threads = [threading.Thread(target=_collect, args=(each, lines)) for each in workers]
+    answers: _Answers = queue.Queue()
+    shares = [wanted[number::count] for number in range(count)]
+    threads = [
+        threading.Thread(target=_collect, args=(number, worker, answers))
+        for number, worker in enumerate(workers)
+    ]
     deadline = time.monotonic() + _LONGEST_S
     try:
-        for number, worker in enumerate(workers):
+        for worker, share, thread in zip(workers, shares, threads, strict=True):
             assert worker.stdin is not None
-            share = json.dumps([asdict(one) for one in wanted[number::count]]).encode()
-            threads[number].start()
-            worker.stdin.write(share)
+            thread.start()
+            worker.stdin.write(json.dumps([asdict(one) for one in share]).encode())
             worker.stdin.close()
-        running = count
-        while running and time.monotonic() < deadline:
-            line = lines.get()
-            if line is None:
-                running -= 1
-            else:
+        done, running = [0] * count, count
+        while running:
+            number, line = answers.get(timeout=max(0.0, deadline - time.monotonic()))
+            if line is not None:
+                done[number] += 1
                 yield TypeAdapter(Entry).validate_json(line)
+                continue
+            running -= 1
+            if done[number] < len(shares[number]):  # the next time goes on behind it
+                yield Entry(shares[number][done[number]], None, "building it ended its process")
+    except queue.Empty:  # the next time goes on from here
+        return
     finally:
         for worker in workers:
             worker.kill()
@@ -128,13 +142,13 @@ def _described(wanted: Sequence[Architecture]) -> Iterator[Entry]:
                 thread.join()
 
 
-def _collect(worker: "subprocess.Popen[bytes]", lines: "queue.Queue[bytes | None]") -> None:
+def _collect(number: int, worker: "subprocess.Popen[bytes]", answers: _Answers) -> None:
     assert worker.stdout is not None
     with worker.stdout:
         for line in worker.stdout:
             if line.endswith(b"\n"):
-                lines.put(line)
-    lines.put(None)
+                answers.put((number, line))
+    answers.put((number, None))
 
 
 def _work() -> None:

@@ -182,6 +182,9 @@ def _none_fits(shapes: Mapping[str, Shape], entries: Sequence[Entry]) -> str:
             f" {' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} not installed: "
             f"`pip install {' '.join(absent)}` to compare with their architectures too."
         )
+    for entry in entries:
+        if entry.architecture.reference.endswith(":"):
+            hint += f" {entry.problem}"
     best = None
     for prefix in wrapper_prefixes(shapes):
         near = nearest(unwrapped(shapes, prefix), entries)
