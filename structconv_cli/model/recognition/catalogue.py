@@ -12,14 +12,16 @@ _AUXILIARY = ("googlenet", "inception_v3")
 
 def sample_architectures() -> list[Architecture]:
     """Those of the sample models, in a checkout."""
-    file = _SAMPLES / "resnet_cifar.py"
-    if not file.is_file():
+    resnet, unet = _SAMPLES / "resnet_cifar.py", _SAMPLES / "unet.py"
+    if not resnet.is_file() or not unet.is_file():
         return []
-    return [
-        Architecture(f"{file}:resnet{depth}", arguments)
+    resnets = [
+        Architecture(f"{resnet}:resnet{depth}", arguments)
         for depth in (20, 32, 44, 56)
         for arguments in ({}, {"shortcut": "B"})
     ]
+    widths = [Architecture(f"{unet}:unet", {"width": width}) for width in (16, 32, 64)]
+    return [*resnets, *widths]
 
 
 def library_architectures(library: Library) -> list[Architecture]:

@@ -4,6 +4,7 @@ They are built in processes of their own, as many as there are processors, which
 leaves this process without the memory that hundreds of models took.
 """
 
+import gc
 import importlib.metadata
 import json
 import os
@@ -20,7 +21,7 @@ from pydantic import TypeAdapter
 
 from structconv_cli.errors import ArchitectureError
 from structconv_cli.model.architecture import Architecture
-from structconv_cli.model.library import LIBRARIES, Library, installed, version
+from structconv_cli.model.library import LIBRARIES, Library, installed, model_names, version
 from structconv_cli.model.recognition.catalogue import library_architectures
 from structconv_cli.model.recognition.description import describe
 from structconv_cli.model.recognition.index import Entry, read_index, write_index
@@ -31,18 +32,24 @@ from structconv_cli.progress import SILENT, Observer
 _MOST_PROCESSES = 8
 _SAVED_EVERY_S = 20.0
 _LONGEST_S = 1800.0
+_Answers = queue.Queue[tuple[int, bytes | None]]
+"""What worker processes say: which of them, and a line; None when it has ended."""
 
 
 def installed_entries(observer: Observer = SILENT) -> list[Entry]:
     """The descriptions of all architectures of torchvision and timm, as far as installed.
 
     They come from the cache folder; those that are missing there are made, which takes minutes,
-    and kept, also when that is interrupted.
+    and kept, also when that is interrupted. A library that cannot be imported gives one entry with
+    the reason.
     """
     entries = []
     for library in LIBRARIES:
         if installed(library):
-            entries += _library_entries(library, observer)
+            try:
+                entries += _library_entries(library, observer)
+            except ArchitectureError as error:  # said where nothing else fits
+                entries.append(Entry(Architecture(f"{library}:"), None, str(error)))
     return entries
 
 
@@ -101,23 +108,31 @@ def _described(wanted: Sequence[Architecture]) -> Iterator[Entry]:
         )
         for _ in range(count)
     ]
-    lines: queue.Queue[bytes | None] = queue.Queue()
-    threads = [threading.Thread(target=_collect, args=(each, lines)) for each in workers]
+    answers: _Answers = queue.Queue()
+    shares = [wanted[number::count] for number in range(count)]
+    threads = [
+        threading.Thread(target=_collect, args=(number, worker, answers))
+        for number, worker in enumerate(workers)
+    ]
     deadline = time.monotonic() + _LONGEST_S
     try:
-        for number, worker in enumerate(workers):
+        for worker, share, thread in zip(workers, shares, threads, strict=True):
             assert worker.stdin is not None
-            share = json.dumps([asdict(one) for one in wanted[number::count]]).encode()
-            threads[number].start()
-            worker.stdin.write(share)
+            thread.start()
+            worker.stdin.write(json.dumps([asdict(one) for one in share]).encode())
             worker.stdin.close()
-        running = count
-        while running and time.monotonic() < deadline:
-            line = lines.get()
-            if line is None:
-                running -= 1
-            else:
+        done, running = [0] * count, count
+        while running:
+            number, line = answers.get(timeout=max(0.0, deadline - time.monotonic()))
+            if line is not None:
+                done[number] += 1
                 yield TypeAdapter(Entry).validate_json(line)
+                continue
+            running -= 1
+            if done[number] < len(shares[number]):  # the next time goes on behind it
+                yield Entry(shares[number][done[number]], None, "building it ended its process")
+    except queue.Empty:  # the next time goes on from here
+        return
     finally:
         for worker in workers:
             worker.kill()
@@ -127,23 +142,29 @@ def _described(wanted: Sequence[Architecture]) -> Iterator[Entry]:
                 thread.join()
 
 
-def _collect(worker: "subprocess.Popen[bytes]", lines: "queue.Queue[bytes | None]") -> None:
+def _collect(number: int, worker: "subprocess.Popen[bytes]", answers: _Answers) -> None:
     assert worker.stdout is not None
     with worker.stdout:
         for line in worker.stdout:
             if line.endswith(b"\n"):
-                lines.put(line)
-    lines.put(None)
+                answers.put((number, line))
+    answers.put((number, None))
 
 
 def _work() -> None:
     """Describe the architectures that stdin lists, one line of stdout for each."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print goes nowhere
-    for one in json.loads(sys.stdin.buffer.read()):
+    wanted = json.loads(sys.stdin.buffer.read())
+    for library in LIBRARIES:
+        if installed(library):
+            model_names(library)  # imports it
+    gc.freeze()
+    for one in wanted:
         entry = describe_architecture(Architecture(one["reference"], one["arguments"]))
         answers.write(TypeAdapter(Entry).dump_json(entry) + b"\n")
         answers.flush()
+        gc.collect()  # models refer to themselves, and would pile up
 
 
 if __name__ == "__main__":

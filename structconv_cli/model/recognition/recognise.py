@@ -29,6 +29,18 @@ _REMEDY = (
 )
 
 
+class AmbiguousArchitectureError(ArchitectureError):
+    """Architectures fit that compute different things.
+
+    Attributes:
+        classes: they, those that compute the same together.
+    """
+
+    def __init__(self, message: str, classes: Sequence[Sequence[Architecture]]) -> None:
+        super().__init__(message)
+        self.classes = classes
+
+
 @dataclass(frozen=True)
 class Recognised:
     """The architecture that tensors belong to.
@@ -65,8 +77,8 @@ def recognise(
         known: gives the architectures to compare with besides the sample models.
 
     Raises:
-        ArchitectureError: none fits (the nearest is named), or several do that compute different
-            things from the same tensors.
+        ArchitectureError: none fits; the nearest is named.
+        AmbiguousArchitectureError: several do that compute different things from the same tensors.
     """
     shapes = shapes_of(tensors)
     samples = [describe_architecture(one) for one in sample_architectures()]
@@ -121,7 +133,7 @@ def _choose(classes: Sequence[Sequence[Architecture]], named: str | None) -> Seq
     """The class that is left, or that the file itself names.
 
     Raises:
-        ArchitectureError: there are several, and the file names none or more than one of them.
+        AmbiguousArchitectureError: the file names none of them, or more than one.
     """
     if len(classes) == 1:
         return classes[0]
@@ -135,11 +147,12 @@ def _choose(classes: Sequence[Sequence[Architecture]], named: str | None) -> Seq
         if len(telling) == 1:
             return telling[0]
     lines = ", or ".join(_any_of(each) for each in classes[:_MOST_SHOWN])
-    raise ArchitectureError(
+    raise AmbiguousArchitectureError(
         f"Several architectures have tensors of the file's names and shapes, and compute different "
         f"things from them: {lines}. They differ, for example, in "
         f"{difference(classes[0][0], classes[1][0])}. Say with --arch (and --arch-arg) which one "
-        "the weights were trained in: with another one the model's outputs are wrong."
+        "the weights were trained in: with another one the model's outputs are wrong.",
+        classes,
     )
 
 
@@ -169,6 +182,9 @@ def _none_fits(shapes: Mapping[str, Shape], entries: Sequence[Entry]) -> str:
             f" {' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} not installed: "
             f"`pip install {' '.join(absent)}` to compare with their architectures too."
         )
+    for entry in entries:
+        if entry.architecture.reference.endswith(":"):
+            hint += f" {entry.problem}"
     best = None
     for prefix in wrapper_prefixes(shapes):
         near = nearest(unwrapped(shapes, prefix), entries)
