@@ -14,6 +14,7 @@ from structconv_cli import __version__
 from structconv_cli.errors import OnnxError, RunFolderError
 from structconv_cli.json_file import read_json
 from structconv_cli.model.checkpoint import load_checkpoint
+from structconv_cli.model.checkpoint_kind import Kind
 from structconv_cli.model.inventory import Inventory
 from structconv_cli.model.signature import TensorKind
 from structconv_cli.onnx.file import load_onnx, set_metadata
@@ -85,7 +86,7 @@ def load_artifacts(folder: RunFolder) -> Artifacts:
         structured_onnx=load_onnx(folder.structured_onnx),
         carried=read_json(folder.lowering, Lowering).carried,
         reference=load_tensors(folder.reference),
-        computed_by=PYTORCH if info.architecture is not None else DENSE_GRAPH,
+        computed_by=DENSE_GRAPH if info.kind == Kind.ONNX else PYTORCH,
     )
     stamps = {entry.key: entry.value for entry in artifacts.structured_onnx.metadata_props}
     for source, digest in (("run.json", info.plan_sha256), ("ONNX file", stamps.get(PLAN_KEY))):

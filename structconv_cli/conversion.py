@@ -43,7 +43,9 @@ class ConvertRequest:
         enough: drop, in the metric's unit, at which fine-tuning stops early; None to go on.
         lowering: how the ONNX forms are chosen.
         task: the user's own task file, which is run; None for the task that the data has.
-        shapes: sizes of the model's inputs, where neither data nor a task file tells them.
+        shapes: sizes of the model's inputs, where neither data nor a task file tells them; empty to
+            guess them.
+        trust_pickle: whether a pickled module's code may be run.
         command: the command line's words, for the record.
     """
 
@@ -63,6 +65,7 @@ class ConvertRequest:
     hardware: Hardware = field(default_factory=Hardware)
     task: Path | None = None
     shapes: Shapes = field(default_factory=dict)
+    trust_pickle: bool = False
     resume: bool = False
     enough: float | None = None
     command: tuple[str, ...] = ()

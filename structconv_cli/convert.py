@@ -213,6 +213,7 @@ def _run_info(
         data=ready.spec,
         plan_sha256=plan.digest,
         files=files,
+        kind=ready.opened.checkpoint.kind,
     )
 
 

@@ -1,6 +1,5 @@
 """The ONNX graph of what the user names: an ONNX file, or a checkpoint and its architecture."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +9,10 @@ from torch import nn
 
 from structconv_cli.errors import ArchitectureError, PlanError
 from structconv_cli.model.architecture import Architecture
+from structconv_cli.model.checkpoint_kind import Kind, identify
+from structconv_cli.model.input_guess import guess_input
 from structconv_cli.model.inventory import first_channels
 from structconv_cli.model.opening import Opened, open_model
-from structconv_cli.model.plain import plain
 from structconv_cli.model.signature import input_names
 from structconv_cli.onnx.example_inputs import Shapes
 from structconv_cli.onnx.export import export_onnx
@@ -22,19 +22,15 @@ from structconv_cli.onnx.lowerable import check_lowerable
 from structconv_cli.progress import SILENT, Observer
 
 _TRACE_BATCH = 2
-_ONNX = re.compile(rb"\x08[\x01-\x40][\x12\x1a\x22\x28\x32\x3a\x42]")
-"""A protobuf message: the IR version, then any other field of an ONNX model."""
 
 
 def is_onnx(path: Path) -> bool:
-    """Whether a file is an ONNX model by its content, or by its name (it may be damaged)."""
-    if path.suffix == ".onnx":
-        return True
-    try:
-        with path.open("rb") as file:
-            return bool(_ONNX.match(file.read(3)))
-    except OSError:  # said by what reads it
-        return False
+    """Whether a file is an ONNX model by its content, or by its name (it may be damaged).
+
+    Raises:
+        CheckpointError: it is missing, or no model at all.
+    """
+    return path.suffix == ".onnx" or identify(path) is Kind.ONNX
 
 
 def image_channels(model: onnx.ModelProto) -> int:
@@ -92,8 +88,9 @@ class ModelSource:
         """The model as an ONNX graph, its layers plain ones.
 
         Args:
-            shapes: sizes of the inputs. A checkpoint needs them all: of one input as "input", of
-                several by the names of its forward pass's parameters.
+            shapes: sizes of the inputs. A checkpoint's are guessed if none is given; else it needs
+                them all: of one input as "input", of several by the names of its forward pass's
+                parameters.
 
         Returns:
             The graph, and one sentence on each part of it that structconv leaves alone.
@@ -103,18 +100,32 @@ class ModelSource:
         """
         if isinstance(self.read, onnx.ModelProto):
             return self.read, self.notes
-        if not shapes:
-            raise ArchitectureError(
-                "a checkpoint does not say how large its images are. Give the size of one batch, "
-                "such as --input-shape 1x3x224x224."
-            )
+        shapes, notes = known_shapes(self.read, shapes)
         example = noise_inputs(self.read.model, shapes, _TRACE_BATCH)
-        found = plain(self.read.model, *example)
-        return export_onnx(found.model, *example), (*self.notes, *found.notes)
+        found = self.read.plain(*example)
+        return export_onnx(found.model, *example), (*self.notes, *notes, *found.notes)
+
+
+def known_shapes(opened: Opened, given: Shapes) -> tuple[Shapes, tuple[str, ...]]:
+    """Sizes of a checkpoint's inputs: those given, those of its program, or a guess; and a note.
+
+    Raises:
+        ArchitectureError: they cannot be guessed.
+    """
+    if given:
+        return given, ()
+    if opened.shapes:
+        return opened.shapes, ()
+    guess = guess_input(opened.model)
+    return guess.shapes, (guess.why,)
 
 
 def open_source(
-    path: Path, architecture: Architecture | None, observer: Observer = SILENT
+    path: Path,
+    architecture: Architecture | None,
+    observer: Observer = SILENT,
+    *,
+    trust_pickle: bool = False,
 ) -> ModelSource:
     """Read an ONNX file, or a checkpoint and what builds its model.
 
@@ -123,6 +134,7 @@ def open_source(
         architecture: what builds the model that a checkpoint fits; None to recognise it. Not used
             for an ONNX file.
         observer: is told of long work.
+        trust_pickle: whether the user said that a pickled module's code may be run.
 
     Raises:
         StructconvError: the file cannot be read, or the model not be built.
@@ -130,7 +142,7 @@ def open_source(
     if is_onnx(path):
         model = load_onnx(path)
         return ModelSource(model, check_lowerable(model))
-    opened = open_model(path, architecture, observer)
+    opened = open_model(path, architecture, observer, trust_pickle=trust_pickle)
     return ModelSource(opened, opened.notes)
 
 

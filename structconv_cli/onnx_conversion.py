@@ -30,6 +30,7 @@ from structconv_cli.graph_preparation import (
     prepare_graph,
 )
 from structconv_cli.json_file import write_json
+from structconv_cli.model.checkpoint_kind import Kind
 from structconv_cli.model.inventory import Inventory
 from structconv_cli.onnx.file import save_onnx
 from structconv_cli.onnx.lower import Lowering
@@ -249,6 +250,7 @@ def _run_info(request: OnnxRequest, folder: RunFolder, ready: PreparedGraph, pla
         data=ready.spec,
         plan_sha256=plan.digest,
         files=run_files(folder, _dense_weights(folder)),
+        kind=Kind.ONNX,
     )
 
 

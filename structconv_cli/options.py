@@ -7,13 +7,17 @@ import typer
 
 Checkpoint = Annotated[
     Path,
-    typer.Argument(help="Trained weights: a state_dict file; or an ONNX file, which is not tuned."),
+    typer.Argument(
+        help="Trained weights: a checkpoint, safetensors, a .pt2 or TorchScript archive, a run "
+        "folder; or an ONNX file, which is not tuned."
+    ),
 ]
 Arch = Annotated[
     str | None,
     typer.Option(
         rich_help_panel="Model",
-        help="FILE.py:FACTORY, the function that builds the model of a checkpoint. It is run.",
+        help="What builds a checkpoint's model: FILE.py:FACTORY, torchvision:NAME, timm:NAME or "
+        "PACKAGE.MODULE:FACTORY. It is run. Without it, the weights tell, if it is a known one.",
     ),
 ]
 Data = Annotated[
@@ -116,19 +120,25 @@ Run = Annotated[
     Path, typer.Argument(help="Run folder that `structconv convert` wrote.", show_default=True)
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and no tables.")]
-Model = Annotated[Path, typer.Argument(help="An .onnx file, or trained weights (with --arch).")]
-OptionalArch = Annotated[
-    str | None,
-    typer.Option(
-        help="FILE.py:FACTORY, the function that builds the model of a checkpoint. It is run."
-    ),
-]
+Model = Annotated[Path, typer.Argument(help="An ONNX file, trained weights, or a run folder.")]
 InputShape = Annotated[
     list[str] | None,
     typer.Option(
+        "--input-shape",
+        "--input",
+        rich_help_panel="Model",
         metavar="SHAPE",
         help="Sizes of an input with open axes: NAME=1x3x224x224; the name may be left out for a "
-        "checkpoint.",
+        "checkpoint, whose sizes are guessed without it.",
+    ),
+]
+TrustPickle = Annotated[
+    bool,
+    typer.Option(
+        "--trust-pickle",
+        rich_help_panel="Model",
+        help="Unpickle a pickled module, which runs whatever code its file asks for. Only for "
+        "files from people you trust.",
     ),
 ]
 PlanOut = Annotated[

@@ -17,9 +17,9 @@ from structconv_cli.data.spec import DataSpec
 from structconv_cli.errors import PlanError, StructconvError
 from structconv_cli.model.inventory import Inventory, take_inventory
 from structconv_cli.model.opening import Opened, open_model
-from structconv_cli.model.plain import Plain, plain
+from structconv_cli.model.plain import Plain
 from structconv_cli.model.signature import sized
-from structconv_cli.model_graph import model_channels, noise_inputs
+from structconv_cli.model_graph import known_shapes, model_channels, noise_inputs
 from structconv_cli.onnx.export import export_onnx
 from structconv_cli.plan import Plan, read_plan
 from structconv_cli.planning.check import check_plan
@@ -89,18 +89,25 @@ def prepare(request: ConvertRequest, world: World, observer: Observer) -> Prepar
         StructconvError: whatever is wrong with it.
     """
     with observer.stage("checkpoint"):
-        opened = open_model(request.checkpoint, request.architecture, observer)
+        opened = open_model(
+            request.checkpoint,
+            request.architecture,
+            observer,
+            trust_pickle=request.trust_pickle,
+        )
         channels = model_channels(opened.model)
     with observer.stage("data"):
         spec, data, source, task, notes = _load_data(request, channels, world, observer)
         if source is None:
-            real = noise_inputs(opened.model, request.shapes, REAL_EXAMPLES, request.recipe.seed)
+            shapes, guessed = known_shapes(opened, request.shapes)
+            notes += guessed
+            real = noise_inputs(opened.model, shapes, REAL_EXAMPLES, request.recipe.seed)
         else:
             real = source.examples(REAL_EXAMPLES)
         _check_drop(request, task)
     with observer.stage("export of the original"):
         example = sized(real, TRACE_BATCH)
-        found = plain(opened.model, *example)
+        found = opened.plain(*example)
         inventory = take_inventory(found.model, *example)
         if task is not None:
             task.check(found.model)

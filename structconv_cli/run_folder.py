@@ -27,14 +27,15 @@ class RunInfo:
         created: ISO 8601 time, UTC.
         command: the command line's words.
         checkpoint: absolute path of the user's checkpoint or ONNX file.
-        architecture: what built the model. Recorded only: no later step runs it. None for an ONNX
-            file.
+        architecture: what built the model. Recorded only: no later step runs it. None for a file
+            that holds the model itself.
         task: "classification", "segmentation", the absolute path of the user's task file, or "none"
             where nothing was judged by labels. Recorded only: no later step runs it.
         data: the data it was tuned or fitted, and judged on; None where the task file loads it, and
             where there was none.
         plan_sha256: digest of the plan.
         files: name in this folder of every artefact, by its role.
+        kind: of the file that was converted (`model.checkpoint_kind.Kind`).
     """
 
     format: str
@@ -47,6 +48,7 @@ class RunInfo:
     data: DataSpec | None
     plan_sha256: str
     files: dict[str, str]
+    kind: str = "torch"
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,23 @@ class RunFolder:
     def write_info(self, info: RunInfo) -> None:
         """Write run.json."""
         write_json(info, self.info_file)
+
+
+def model_file(path: Path) -> Path:
+    """The file to convert again where a run folder is named; else the path itself.
+
+    That is the dense structured model: a checkpoint, or an ONNX file where one was converted.
+
+    Raises:
+        RunFolderError: the run folder is incomplete or of another version.
+    """
+    folder = RunFolder(path)
+    if not folder.info_file.is_file():
+        return path
+    info = folder.info()
+    if info.kind == "onnx":
+        return folder.dense_onnx
+    return folder.file(info, "checkpoint" if "checkpoint" in info.files else "dense weights")
 
 
 def partial_folder(out: Path) -> Path:

@@ -65,6 +65,7 @@ def convert(
     forms: options.Forms = "measure",
     timings: options.Timings = None,
     input_shape: options.InputShape = None,
+    trust_pickle: options.TrustPickle = False,
 ) -> None:
     """Fine-tune a trained CNN into its structured form, rewrite, export and verify it.
 
@@ -84,7 +85,9 @@ def convert(
         from structconv_cli.model.architecture import Architecture, parse_arguments
         from structconv_cli.model.signature import INPUT
         from structconv_cli.model_graph import is_onnx
+        from structconv_cli.run_folder import model_file
 
+        checkpoint = model_file(checkpoint)
         onnx = is_onnx(checkpoint)
         if data is None and (size or mean or std or val_split or augment):
             raise typer.BadParameter(
@@ -115,6 +118,7 @@ def convert(
             for_checkpoints = {
                 "--arch": arch,
                 "--arch-arg": arch_arg,
+                "--trust-pickle": trust_pickle,
                 "--task": task,
                 "--resume": resume,
                 "--epochs": epochs,
@@ -142,6 +146,7 @@ def convert(
                 parse_hardware(train_device, precision, channels_last, compile),
                 resume,
                 stop_at_drop,
+                trust_pickle,
             )
             exact = _dry_run(request, console) if dry_run else _convert(request, console)
     if not exact:

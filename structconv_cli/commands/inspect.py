@@ -9,9 +9,10 @@ from structconv_cli.commands.failures import failures
 
 def inspect(
     model: options.Model,
-    arch: options.OptionalArch = None,
+    arch: options.Arch = None,
     arch_arg: options.ArchArg = None,
     input_shape: options.InputShape = None,
+    trust_pickle: options.TrustPickle = False,
     device: options.Device = "cpu",
     threads: options.Threads = 1,
     batch_size: options.ImagesPerRun = 1,
@@ -33,14 +34,18 @@ def inspect(
         from structconv_cli.onnx.target import Target
         from structconv_cli.onnx.timing_cache import default_path
         from structconv_cli.report.inspection import inspect_report
+        from structconv_cli.run_folder import RunFolder
         from structconv_cli.terminal import observer_for
 
         observer = observer_for(Console(stderr=True))
         target = Target(device, threads, batch_size)
         architecture = Architecture(arch, parse_arguments(arch_arg or [])) if arch else None
         shapes = parse_shapes(input_shape or [], only=INPUT)
+        if (folder := RunFolder(model)).info_file.is_file():
+            model = folder.structured_onnx
         with observer.stage("model"):
-            graph, notes = open_source(model, architecture, observer).graph(shapes)
+            source = open_source(model, architecture, observer, trust_pickle=trust_pickle)
+            graph, notes = source.graph(shapes)
             feeds = example_inputs(graph, batch_size, shapes)
         result = inspect_graph(graph, target, feeds, timings or default_path(), observer)
         if json:

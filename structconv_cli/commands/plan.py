@@ -13,9 +13,10 @@ from structconv_cli.commands.parsed import parse_data, parse_targets
 
 def plan(
     model: options.Model,
-    arch: options.OptionalArch = None,
+    arch: options.Arch = None,
     arch_arg: options.ArchArg = None,
     input_shape: options.InputShape = None,
+    trust_pickle: options.TrustPickle = False,
     out: options.PlanOut = Path("plan.json"),
     force: options.ForcePlan = False,
     target_speedup: options.TargetSpeedup = None,
@@ -53,6 +54,7 @@ def plan(
         from structconv_cli.planning.proposal import ProposalSettings
         from structconv_cli.planning.sensitivity import SensitivitySettings
         from structconv_cli.report.plan import plan_report
+        from structconv_cli.run_folder import model_file
         from structconv_cli.terminal import observer_for
 
         shapes = parse_shapes(input_shape or [], only=INPUT)
@@ -63,7 +65,7 @@ def plan(
         if plan_file is not None and not targets.is_empty:
             raise typer.BadParameter("--plan predicts a plan as it is; give it without a target.")
         request = PlanRequest(
-            model=model,
+            model=model_file(model),
             architecture=Architecture(arch, parse_arguments(arch_arg or [])) if arch else None,
             shapes=shapes,
             data=None if data is None else parse_data(data, size, mean, std, val_split, seed),
@@ -83,6 +85,7 @@ def plan(
             out=out,
             force=force,
             given=plan_file,
+            trust_pickle=trust_pickle,
         )
         proposal, notes = plan_model(request, observer_for(Console(stderr=True)))
         if json:

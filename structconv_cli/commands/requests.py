@@ -132,6 +132,7 @@ def checkpoint_request(
     hardware: Hardware,
     resume: bool,
     stop_at_drop: float | None,
+    trust_pickle: bool,
 ) -> ConvertRequest:
     """The conversion of a checkpoint.
 
@@ -145,6 +146,7 @@ def checkpoint_request(
         data=wish.data,
         task=task,
         shapes=wish.shapes,
+        trust_pickle=trust_pickle,
         recipe=recipe,
         n=wish.n,
         channels=wish.channels,
@@ -200,9 +202,4 @@ def _check_data(wish: Wish, task: Path | None, trained: bool) -> None:
         raise typer.BadParameter(
             "--input-shape is for ONNX files, and for checkpoints without data; here the model has "
             "the size of its data."
-        )
-    if not known and not wish.shapes:
-        raise typer.BadParameter(
-            "a checkpoint does not say how large its images are. Give the size of one batch, such "
-            "as --input-shape 1x3x224x224, or --data."
         )

@@ -46,6 +46,7 @@ class PlanRequest:
         settings: where the model is to be fast, and how losses are predicted.
         out: the plan file.
         force: whether an existing one is replaced.
+        trust_pickle: whether a pickled module's code may be run.
     """
 
     model: Path
@@ -58,6 +59,7 @@ class PlanRequest:
     out: Path
     force: bool = False
     given: Path | None = None
+    trust_pickle: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,12 @@ def plan_model(
     files = PlanFiles(request.out)
     check_plan_destination(files, force=request.force)
     with observer.stage("model"):
-        source = open_source(request.model, request.architecture, observer)
+        source = open_source(
+            request.model,
+            request.architecture,
+            observer,
+            trust_pickle=request.trust_pickle,
+        )
     data = None
     if request.data is not None:
         with observer.stage("data"):
