@@ -4,6 +4,7 @@ Names that are doubled or climb out of the archive are refused, and a member is 
 its size fits the memory and is not out of all proportion to what is stored.
 """
 
+import io
 import zipfile
 import zlib
 from pathlib import Path
@@ -99,11 +100,18 @@ class ZipArchive:
 
     def _check(self, limit_sizes: bool) -> None:
         entries = self._zip.infolist()
+        assert self._zip.fp is not None
+        end = self._zip.fp.seek(0, io.SEEK_END)
         if len(entries) > _MOST_MEMBERS:
             raise ArchiveError(f"has {len(entries)} parts; expected at most {_MOST_MEMBERS}")
         for entry in entries:
             if entry.filename in self.sizes:
                 raise ArchiveError(f"holds two parts of one name, {shown(entry.filename)}")
+            if entry.header_offset + entry.compress_size > end:
+                raise ArchiveError(
+                    f"is truncated or damaged (its part {shown(entry.filename)} would take "
+                    f"{entry.compress_size} bytes of the file, which has {end})"
+                )
             if climbs(entry.filename):
                 raise ArchiveError(
                     f"names a part that leads out of the archive, {shown(entry.filename)}"
