@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-LIMIT_S = 900
+LIMIT_S = 1800
 SAMPLES = Path(__file__).resolve().parents[1] / "sample_models"
 # Side of the images (pixels) by architecture: small ones, to be quick.
 TORCHVISION = {

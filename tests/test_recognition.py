@@ -181,6 +181,18 @@ def test_equal_tensors_with_another_computation_are_asked_about(nets: Path, othe
         recognise(tensors, named="resnet18", known=known)
 
 
+def test_a_last_bias_does_not_drown_what_differs(nets: Path):
+    known = of(Architecture(f"{nets}:plain"), Architecture(f"{nets}:strided"))
+    tensors = weights(f"{nets}:plain")
+    tensors["stem.weight"] *= 1e-4
+    tensors["head.bias"] += 100
+    with pytest.raises(AmbiguousArchitectureError):
+        recognise(tensors, known=known)
+    tensors["stem.weight"] *= 0  # nothing is seen of the images
+    with pytest.raises(AmbiguousArchitectureError):
+        recognise(tensors, known=known)
+
+
 def test_what_fits_nothing_is_compared_with_the_nearest(nets: Path):
     tensors = weights(f"{nets}:plain")
     tensors["norm.weight"] = torch.zeros(9)
