@@ -10,6 +10,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations, prune
 
 from structconv_cli.model.inventory import take_inventory
+from structconv_cli.model.layer_form import form_of
 from structconv_cli.model.plain import Plain, plain, restore
 
 X = torch.randn(2, 3, 12, 11, generator=torch.Generator().manual_seed(1))
@@ -121,7 +122,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "inherits, reflect": lambda: Around(Inherits(4, 6, 3, padding=1, padding_mode="reflect")),
     "same": lambda: Around(SameConv(4, 6, 3)),
     "same, stride 2": lambda: Around(SameConv(4, 6, 3, stride=2)),
-    "same, even kernel, dilated": lambda: Around(SameConv(4, 6, 4, stride=(1, 2), dilation=2)),
+    "same, even kernel, dilated": lambda: Around(
+        SameConv(4, 6, (4, 2), stride=(1, 2), dilation=(3, 1))
+    ),
     "standardised": lambda: Around(StandardConv(4, 6, 3, padding=1)),
     "weight norm": lambda: Around(parametrizations.weight_norm(conv())),
     "weight norm, dim 1": lambda: Around(parametrizations.weight_norm(conv(), dim=1)),
@@ -183,6 +186,7 @@ def test_outputs_stay_and_every_layer_can_be_structured(name: str, dtype: torch.
     assert_same(expected, outputs(model, x), 0)
     for key, value in model.state_dict().items():
         assert torch.equal(value, state[key])
+    assert isinstance(found.model, torch.fx.GraphModule) == (name == "functional")
     inventory = take_inventory(found.model, x)
     assert inventory.unsupported == ()
     assert {layer.spec.kind for layer in inventory.layers} <= {"conv2d", "linear"}
@@ -325,3 +329,40 @@ def test_frozen_layers_stay_frozen() -> None:
     model.layer.requires_grad_(False)
     layers = {x.spec.name: x.frozen for x in take_inventory(plain(model, X).model, X).layers}
     assert layers == {"stem": False, "layer": True, "head": False}
+
+
+class Applied(nn.Conv2d):
+    """A convolution whose forward pass is given."""
+
+    def __init__(self, applied: Callable[[nn.Conv2d, Tensor], Tensor]) -> None:
+        super().__init__(3, 4, 3)
+        self.applied = applied
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.applied(self, x)
+
+    def twice(self, x: Tensor) -> Tensor:
+        return functional.conv2d(functional.conv2d(x, self.weight)[:, :3], self.weight)
+
+
+@pytest.mark.parametrize(
+    ("applied", "reason"),
+    [
+        (lambda m, x: functional.conv2d(x, m.weight) + 1, "goes on behind"),
+        (lambda m, x: functional.conv2d(x.abs(), m.weight), "changes its input"),
+        (
+            lambda m, x: functional.conv2d(functional.pad(x, [1] * 4, value=2.0), m.weight),
+            "changes",
+        ),
+        (lambda m, x: functional.conv2d(x, m.weight * x.mean()), "weight depends"),
+        (lambda m, x: functional.conv2d(x, m.weight, m.bias * x.mean()), "bias depends"),
+        (Applied.twice, "computes 2"),
+        (lambda m, x: x, "computes 0"),
+    ],
+)
+def test_what_is_no_single_layer_is_told(
+    applied: Callable[[nn.Conv2d, Tensor], Tensor], reason: str
+) -> None:
+    found = form_of(Applied(applied).eval(), X)
+    assert isinstance(found, str)
+    assert reason in found
