@@ -170,7 +170,7 @@ def _functional(model: nn.Module, sites: Sequence[CallSite], calls: Counter[str]
             reason = (
                 "a function call, not a module, computes it, with a weight that is no parameter"
             )
-            found[site.owner or "a function call"] = reason
+            found[site.owner or "the model itself"] = reason
         elif site.kind != "linear":
             found[layer] = "a function call, not a module, computes it"
     return found | (left_calls(model.graph) if isinstance(model, fx.GraphModule) else {})

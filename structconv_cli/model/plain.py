@@ -28,6 +28,7 @@ from structconv_cli.model.traced_module import (
     export_model,
     traced_module,
 )
+from structconv_cli.model.user_names import UserNames
 from structconv_cli.model.wrappers import unwrap
 
 _CLOSE = 1e-4
@@ -67,17 +68,19 @@ def plain(model: nn.Module, *inputs: Tensor) -> Plain:
     Raises:
         ArchitectureError: the model does not run on these inputs.
     """
-    before = tensors_of(run_once(model, inputs))
+    # Wrapped by torch.compile, it would be compiled for these runs.
+    with torch.compiler.set_stance("force_eager"):
+        before = tensors_of(run_once(model, inputs))
     materialised(model)
     work = copy.deepcopy(model)
-    users = _UserNames(work)
+    users = UserNames(work)
     work, layers = replace_layers(unwrap(work), inputs)
     merge_tied(work)
     found = Plain(work, users.of_tensors(work), _folded(layers, users), _notes(layers))
     if layers and not _same(before, work, inputs):
         # A layer is more than its forward pass: something else reads its weight or attributes.
         work = unwrap(copy.deepcopy(model))
-        users = _UserNames(work)
+        users = UserNames(work)
         found = Plain(work, users.of_tensors(work))
     functional = _functional(found.model, inputs)
     if not functional:
@@ -161,31 +164,7 @@ def materialised(model: nn.Module) -> nn.Module:
     return model
 
 
-class _UserNames:
-    """The names of a model's tensors and modules, whatever they are called later."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._found: dict[int, tuple[object, list[str]]] = {}
-        for name, tensor in model.state_dict(keep_vars=True).items():
-            self._add(tensor, name)
-        for name, module in model.named_modules():
-            self._add(module, name)
-
-    def _add(self, thing: object, name: str) -> None:
-        # Holding on to it: the identity of a deleted object may become another's.
-        self._found.setdefault(id(thing), (thing, []))[1].append(name)
-
-    def of(self, thing: object) -> tuple[str, ...]:
-        """Its names; none if it is new."""
-        return tuple(self._found.get(id(thing), (thing, ()))[1])
-
-    def of_tensors(self, model: nn.Module) -> dict[str, tuple[str, ...]]:
-        """Those of all tensors of a model, by the names that they have there."""
-        state = model.state_dict(keep_vars=True)
-        return {name: self.of(tensor) for name, tensor in state.items()}
-
-
-def _folded(layers: Sequence[Replaced], users: _UserNames) -> tuple[FoldedLayer, ...]:
+def _folded(layers: Sequence[Replaced], users: UserNames) -> tuple[FoldedLayer, ...]:
     return tuple(x.folded_layer(users.of(x.original)[0]) for x in layers if x.folded)
 
 
@@ -235,24 +214,31 @@ def _close(one: Tensor, other: Tensor) -> bool:
 
 def _functional(model: nn.Module, inputs: Sequence[Tensor]) -> list[CallSite]:
     """Convolutions in no plain module whose weight is the model's, and no fixed filter's."""
-    calls = []
-    for moved in (False, True):
-        given = [_other(x) if moved else x for x in inputs]
-        with torch.no_grad(), eval_mode(model), call_sites(model) as sites:
-            model(*given)
-        calls.append(sites)
     modules = dict(model.named_modules())
-    parameters = {id(parameter) for parameter in model.parameters()}
     buffers = {id(buffer) for buffer in model.buffers()}
-    found = []
-    for one, other in zip(*calls, strict=False):
-        if one.kind == "linear" or one.is_depthwise or is_plain(modules[one.owner]):
-            continue
-        if id(one.weight) in buffers:
-            continue
-        if id(one.weight) in parameters or torch.equal(one.weight, other.weight):
-            found.append(one)
-    return found
+    outside = [
+        (number, site)
+        for number, site in enumerate(_sites(model, inputs))
+        if site.kind != "linear"
+        and not site.is_depthwise
+        and not is_plain(modules[site.owner])
+        and id(site.weight) not in buffers
+    ]
+    if all(isinstance(site.weight, nn.Parameter) for _, site in outside):
+        return [site for _, site in outside]
+    # A weight that other inputs change is not the model's.
+    moved = _sites(model, [_other(x) for x in inputs])
+    return [
+        site
+        for number, site in outside
+        if number < len(moved) and torch.equal(site.weight, moved[number].weight)
+    ]
+
+
+def _sites(model: nn.Module, inputs: Sequence[Tensor]) -> list[CallSite]:
+    with torch.no_grad(), eval_mode(model), call_sites(model) as sites:
+        model(*inputs)
+    return sites
 
 
 def _other(x: Tensor) -> Tensor:
