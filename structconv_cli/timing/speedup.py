@@ -30,6 +30,7 @@ MINIMUM_ROUNDS = 5
 FASTER = "faster"
 SLOWER = "slower"
 NO_DIFFERENCE = "no significant difference"
+TOO_FEW_ROUNDS = "too few rounds"
 
 _RESAMPLES = 2000
 
@@ -42,17 +43,18 @@ class Speedup:
         baseline: Name of the model compared with.
         candidate: Name of the model judged.
         median: Median over the rounds of baseline time / candidate time; above 1 is faster.
-        low: Lower end of the median's bootstrap interval.
-        high: Upper end of that interval.
+        low: Lower end of the median's bootstrap interval; None with too few rounds for one.
+        high: Upper end of that interval; None with too few rounds.
         confidence: The interval's confidence.
-        verdict: ``"faster"``, ``"slower"`` or ``"no significant difference"``.
+        verdict: ``"faster"``, ``"slower"``, ``"no significant difference"``, or ``"too few
+            rounds"``, which is no verdict.
     """
 
     baseline: str
     candidate: str
     median: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     confidence: float
     verdict: str
 

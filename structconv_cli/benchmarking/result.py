@@ -1,0 +1,105 @@
+"""Everything that one benchmark found: `benchmark.json`."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from structconv_cli.timing.environment import Environment
+from structconv_cli.timing.setting_result import SettingResult
+
+BENCHMARK_SCHEMA: Literal["structconv-benchmark/2"] = "structconv-benchmark/2"
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How the models were measured.
+
+    Attributes:
+        rounds: Turns that each model was to have under each setting; None where a time was given.
+        duration_s: Time (s) that the rounds of each setting were to fill; None where their number
+            was given.
+        round_ms: Time (ms) that the timed runs of one turn fill, about.
+        seed: Seed of the input, of the order of the turns and of the intervals.
+        input: What the models were given: "random", or the user's images in words.
+    """
+
+    rounds: int | None
+    duration_s: float | None
+    round_ms: float
+    seed: int
+    input: str = "random"
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What the models were judged by, beside their speed.
+
+    Attributes:
+        metric: As the field calls it: "top-1 accuracy", "mIoU".
+        unit: "%", or empty for none.
+        higher_is_better: Whether a rise is good.
+        examples: How many labelled examples were judged.
+        data: Where they came from.
+    """
+
+    metric: str
+    unit: str
+    higher_is_better: bool
+    examples: int
+    data: str
+
+
+@dataclass(frozen=True)
+class BenchmarkedModel:
+    """One of the models.
+
+    Attributes:
+        name: As it is called in the figures: unique.
+        file: Path of its ONNX file, as given or found; of a rival that was made for this benchmark
+            and is gone, empty.
+        size_bytes: Size (bytes) of the file and of the external weight files it refers to.
+        role: "baseline", "candidate" or "rival" (asked for by --against).
+        made: How a rival was made, in words; empty for a file that was given.
+        score: The metric of `Quality` on the labelled data; None where it was not measured.
+    """
+
+    name: str
+    file: str
+    size_bytes: int
+    role: Literal["baseline", "candidate", "rival"]
+    made: str = ""
+    score: float | None = None
+
+
+@dataclass(frozen=True)
+class BenchmarkResult:
+    """Everything that one benchmark found.
+
+    Attributes:
+        schema: Names this format and its version.
+        tool_version: structconv's version.
+        created: ISO 8601 time of the start, UTC.
+        command: The command line's words; empty where it was called as a library.
+        environment: The machine and the sessions.
+        protocol: How the models were measured.
+        models: The models, the baseline first.
+        settings: One entry for every number of threads and batch size, in the order asked for;
+            those that an interruption left without any round are missing.
+        quality: What the scores of the models are; None where they were not judged.
+        quality_missing: Why they were not; empty if they were.
+        warnings: What a reader must know before trusting any figure, one sentence each. Those of
+            one setting are kept with it.
+        partial: Whether the benchmark was interrupted: some settings or rounds are missing.
+    """
+
+    schema: Literal["structconv-benchmark/2"]
+    tool_version: str
+    created: str
+    command: tuple[str, ...]
+    environment: Environment
+    protocol: Protocol
+    models: tuple[BenchmarkedModel, ...]
+    settings: tuple[SettingResult, ...]
+    quality: Quality | None = None
+    quality_missing: str = ""
+    warnings: tuple[str, ...] = ()
+    partial: bool = False
