@@ -3,30 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from structconv_cli.benchmarking.protocol import Protocol
 from structconv_cli.timing.environment import Environment
 from structconv_cli.timing.setting_result import SettingResult
 
 BENCHMARK_SCHEMA: Literal["structconv-benchmark/2"] = "structconv-benchmark/2"
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """How the models were measured.
-
-    Attributes:
-        rounds: Turns that each model was to have under each setting; None where a time was given.
-        duration_s: Time (s) that the rounds of each setting were to fill; None where their number
-            was given.
-        round_ms: Time (ms) that the timed runs of one turn fill, about.
-        seed: Seed of the input, of the order of the turns and of the intervals.
-        input: What the models were given: "random", or the user's images in words.
-    """
-
-    rounds: int | None
-    duration_s: float | None
-    round_ms: float
-    seed: int
-    input: str = "random"
 
 
 @dataclass(frozen=True)
