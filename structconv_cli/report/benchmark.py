@@ -1,6 +1,6 @@
 """What `benchmark` shows on the terminal."""
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
@@ -60,8 +60,9 @@ def _latency_cells(model: ModelTiming) -> list[str]:
 
 
 def _models(result: BenchmarkResult) -> Table:
-    """Load time and memory are those of the first setting."""
-    table = Table(title="Models", title_justify="left")
+    """Load time and memory depend on the setting: they are those of the first."""
+    first = f" ({setting_text(result.settings[0])})" if len(result.settings) > 1 else ""
+    table = Table(title=f"Models{first}", title_justify="left")
     quality = result.quality
     columns = ["model", "file", "load, ms", "peak memory"]
     columns += [quality.metric] if quality else []
@@ -79,14 +80,15 @@ def _models(result: BenchmarkResult) -> Table:
         cells += [score_text(model, quality)] if quality else []
         table.add_row(escape(model.name), *cells)
     if quality:
-        table.caption = f"judged on {quality.examples} images of {quality.data}"
+        table.caption = escape(f"judged on {quality.examples} images of {quality.data}")
     return table
 
 
 def _verdicts(result: BenchmarkResult) -> Iterator[RenderableType]:
     several = len(result.settings) > 1
+    rivals = {model.name for model in result.models if model.role == "rival"}
     for setting in result.settings:
-        lines = [_verdict(speedup) for speedup in setting.speedups]
+        lines = [_verdict(speedup, rivals) for speedup in setting.speedups]
         if not lines:
             continue
         heading = [Text(f"With {setting_text(setting)}:")] if several else []
@@ -95,9 +97,10 @@ def _verdicts(result: BenchmarkResult) -> Iterator[RenderableType]:
         yield Text(f"Accuracy was not compared: {result.quality_missing}", style="yellow")
 
 
-def _verdict(speedup: Speedup) -> Text:
+def _verdict(speedup: Speedup, rivals: Container[str]) -> Text:
     colour = _COLOURS.get(speedup.verdict, "yellow")
-    advice = f" {ADVICE}" if speedup.verdict == SLOWER else ""
+    is_ours = speedup.candidate not in rivals
+    advice = f" {ADVICE}" if speedup.verdict == SLOWER and is_ours else ""
     return Text.from_markup(
         f"[bold {colour}]{escape(verdict(speedup))}[/] ({evidence(speedup)}).{advice}"
     )

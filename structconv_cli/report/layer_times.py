@@ -24,8 +24,10 @@ def layer_tables(setting: SettingResult) -> Iterator[RenderableType]:
 
 def _table(setting: SettingResult, comparison: LayerComparison) -> Table:
     table = Table(
-        title=f"Where the time goes, ms ({comparison.baseline} → {comparison.candidate}, "
-        f"{setting_text(setting)})",
+        title=escape(
+            f"Where the time goes, ms ({comparison.baseline} → {comparison.candidate}, "
+            f"{setting_text(setting)})"
+        ),
         title_justify="left",
     )
     table.add_column("layer", overflow="fold")
