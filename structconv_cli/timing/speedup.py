@@ -35,6 +35,8 @@ NO_DIFFERENCE = "no significant difference"
 TOO_FEW_ROUNDS = "too few rounds"
 
 _RESAMPLES = 2000
+_MOST_EXACT = 50
+"""Most figures for which the signed-rank test is exact; ties and zeros need the approximation."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def compare_rounds(
         BenchmarkError: The figures are not paired, there are none, or they are not positive
             numbers.
     """
-    if len(baseline_ms) != len(candidate_ms) or not baseline_ms:
+    if len(baseline_ms) != len(candidate_ms) or not len(baseline_ms):
         raise BenchmarkError(
             f"Model '{baseline}' has {len(baseline_ms)} rounds and model '{candidate}' has "
             f"{len(candidate_ms)}. A comparison needs the same number from both, at least one; "
@@ -138,8 +140,12 @@ def _interval(groups: Sequence[npt.NDArray[np.float64]], seed: int) -> tuple[flo
     padded = np.array([np.pad(group, (0, size - len(group))) for group in groups])
     columns = (rng.random((*drawn.shape, size)) * lengths[drawn][..., None]).astype(int)
     values = padded[drawn[..., None], columns]
-    values[np.arange(size) >= lengths[drawn][..., None]] = np.nan
-    medians = np.nanmedian(values.reshape(_RESAMPLES, -1), axis=1)
+    values[np.arange(size) >= lengths[drawn][..., None]] = np.inf
+    # NumPy's nanmedian takes a hundred times as long.
+    ordered = np.sort(values.reshape(_RESAMPLES, -1), axis=1)
+    counts = lengths[drawn].sum(axis=1)
+    rows = np.arange(_RESAMPLES)
+    medians = (ordered[rows, (counts - 1) // 2] + ordered[rows, counts // 2]) / 2
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(medians, (tail, 1 - tail))
     return float(low), float(high)
@@ -147,4 +153,8 @@ def _interval(groups: Sequence[npt.NDArray[np.float64]], seed: int) -> tuple[flo
 
 def _differs(units: npt.NDArray[np.float64]) -> bool:
     """Whether Wilcoxon's signed-rank test says that they are not symmetric about 0."""
-    return bool(units.any()) and wilcoxon(units).pvalue < 1 - CONFIDENCE
+    if not units.any():
+        return False
+    sizes = np.abs(units)
+    exact = len(units) <= _MOST_EXACT and sizes.all() and len(np.unique(sizes)) == len(sizes)
+    return bool(wilcoxon(units, method="exact" if exact else "approx").pvalue < 1 - CONFIDENCE)
