@@ -31,6 +31,14 @@ Duration = Annotated[
     float | None,
     typer.Option(min=0.1, help="Seconds to measure each setting for, instead of --rounds."),
 ]
+Blocks = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="Parts of the rounds; for each, all processes start anew. With fewer than 6, a "
+        "process's luck with its memory can pass for a difference.",
+    ),
+]
 Device = Annotated[
     str | None, typer.Option(help="cpu or cuda: the provider of this name.", show_default="cpu")
 ]

@@ -16,7 +16,8 @@ class Protocol:
             was given.
         blocks: Times that all processes were started anew under each setting.
         round_ms: Time (ms) that the timed runs of one turn fill, about.
-        warmup_ms: Least time (ms) for which each model ran before it was timed.
+        warmup_ms: Least time (ms) for which each model ran before it was timed; longer until it was
+            steady.
         seed: Seed of the input, of the order of the turns and of the intervals.
         input: What the models were given: "random", or the user's images in words.
     """
@@ -25,6 +26,6 @@ class Protocol:
     duration_s: float | None = None
     blocks: int = BLOCKS
     round_ms: float = 50.0
-    warmup_ms: float = 300.0
+    warmup_ms: float = 100.0
     seed: int = 0
     input: str = "random"

@@ -27,6 +27,7 @@ def benchmark(
     batch_size: benchmark_options.BatchSizes = "1",
     rounds: benchmark_options.Rounds = None,
     duration: benchmark_options.Duration = None,
+    blocks: benchmark_options.Blocks = 6,
     per_layer: benchmark_options.PerLayer = False,
     against: benchmark_options.Against = None,
     data: benchmark_options.Images = None,
@@ -71,7 +72,10 @@ def benchmark(
             spinning=spinning == "on",
             affinity=parse_affinity(affinity),
             protocol=Protocol(
-                rounds=None if duration else rounds or _ROUNDS, duration_s=duration, seed=seed
+                rounds=None if duration else rounds or _ROUNDS,
+                duration_s=duration,
+                blocks=blocks,
+                seed=seed,
             ),
             against=tuple(against or ()),
             data=None
