@@ -54,7 +54,8 @@ def require_provider(name: str, available: Sequence[str]) -> str:
         if short_name(provider) == short:
             return provider
     remedy = _PACKAGES.get(short, _BUILD)
+    long = f" ({PROVIDERS[short]})" if short in PROVIDERS else ""
     raise BenchmarkError(
-        f"Provider '{name}' is not part of the installed ONNX Runtime, which has "
+        f"Provider '{name}'{long} is not part of the installed ONNX Runtime, which has "
         f"{', '.join(available)}. {remedy}"
     )
