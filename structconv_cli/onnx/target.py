@@ -29,5 +29,5 @@ class Target:
     def environment(self) -> str:
         """ONNX Runtime's version, provider, CPU and threads, as the cache's key."""
         provider = PROVIDERS[self.device]
-        found = describe_environment(onnxruntime.__version__, provider, self.threads)
+        found = describe_environment(onnxruntime.__version__, provider)
         return f"onnxruntime {found.onnxruntime}, {provider}, {found.cpu}, {self.threads} threads"

@@ -21,8 +21,9 @@ class Environment:
         python: Python's version.
         onnxruntime: ONNX Runtime's version.
         provider: The execution provider that every session reported.
-        threads: Intra-op threads of every session.
         spinning: Whether waiting threads spin.
+        affinity: The logical cores that the sessions were held to, such as "0-1"; empty for all
+            that this process may use.
     """
 
     cpu: str
@@ -32,27 +33,31 @@ class Environment:
     python: str
     onnxruntime: str
     provider: str
-    threads: int
-    spinning: str = "ONNX Runtime's default"
+    spinning: bool = True
+    affinity: str = ""
 
 
-def describe_environment(onnxruntime: str, provider: str, threads: int) -> Environment:
+def describe_environment(
+    onnxruntime: str, provider: str, spinning: bool = True, affinity: str = ""
+) -> Environment:
     """Describe this machine, and what the sessions on it reported.
 
     Args:
         onnxruntime: ONNX Runtime's version.
         provider: The execution provider of every session.
-        threads: Intra-op threads of every session.
+        spinning: Whether their waiting threads spin.
+        affinity: The logical cores that they are held to; empty for all that are allowed.
     """
     return Environment(
         cpu=_cpu_name(),
-        cores=_cores(),
+        cores=len(allowed_cores()),
         memory_bytes=psutil.virtual_memory().total,
         os=platform.platform(),
         python=platform.python_version(),
         onnxruntime=onnxruntime,
         provider=provider,
-        threads=threads,
+        spinning=spinning,
+        affinity=affinity,
     )
 
 
@@ -65,7 +70,8 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine() or "unknown"
 
 
-def _cores() -> int:
+def allowed_cores() -> frozenset[int]:
+    """The logical cores that this process may use, by number."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        return frozenset(os.sched_getaffinity(0))
+    return frozenset(range(os.cpu_count() or 1))

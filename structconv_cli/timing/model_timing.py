@@ -20,11 +20,15 @@ class ModelTiming:
 
     Attributes:
         name: The caller's name for the model.
-        file: The ONNX file, as the caller gave it.
-        size_bytes: Size (bytes) of the file and of the external weight files it refers to.
-        load_ms: Time (ms) to create the session, graph optimisation included; taken once.
+        load_ms: Time (ms) to create the session, graph optimisation included: the median over the
+            processes that were started for it.
+        peak_memory_bytes: Peak memory (bytes, resident set) of the model's process, above that of
+            the same process before it loaded the model; None where the system does not tell.
+        warmup_ms: Time (ms) that the model ran before it was steady: the median over its processes.
+        steady: Whether its latency had become steady before it was timed, in every process.
         p50_ms: Median time of a run (ms).
         p90_ms: 90th percentile of a run's time (ms).
+        p95_ms: 95th percentile of a run's time (ms).
         p99_ms: 99th percentile of a run's time (ms).
         mean_ms: Mean time of a run (ms).
         throughput: Images per second: the batch size over the mean.
@@ -33,11 +37,13 @@ class ModelTiming:
     """
 
     name: str
-    file: str
-    size_bytes: int
     load_ms: float
+    peak_memory_bytes: int | None
+    warmup_ms: float
+    steady: bool
     p50_ms: float
     p90_ms: float
+    p95_ms: float
     p99_ms: float
     mean_ms: float
     throughput: float
@@ -45,35 +51,49 @@ class ModelTiming:
     round_ms: tuple[float, ...]
 
 
+@dataclass(frozen=True)
+class ProcessStart:
+    """What one process of a model told before it was timed.
+
+    Attributes:
+        load_ms: Time (ms) to create the session.
+        warmup_ms: Time (ms) that the model ran before it was steady.
+        steady: Whether its latency had become steady.
+    """
+
+    load_ms: float
+    warmup_ms: float
+    steady: bool
+
+
 def summarise(
     name: str,
-    file: str,
-    *,
-    size_bytes: int,
-    load_ms: float,
+    starts: Sequence[ProcessStart],
     rounds_ms: Sequence[Sequence[float]],
     batch_size: int,
+    peak_memory_bytes: int | None,
 ) -> ModelTiming:
     """Compute one model's figures.
 
     Args:
         name: The caller's name for the model.
-        file: The ONNX file.
-        size_bytes: What `size_on_disk` gave.
-        load_ms: Time (ms) to create the session.
-        rounds_ms: Time (ms) of every run, by round.
+        starts: What each of its processes told, at least one.
+        rounds_ms: Time (ms) of every run, by round; at least one round.
         batch_size: Images in one run.
+        peak_memory_bytes: The largest of its processes' peaks (bytes).
     """
     runs = np.concatenate([np.asarray(round_ms) for round_ms in rounds_ms])
-    p50, p90, p99 = (float(value) for value in np.percentile(runs, (50, 90, 99)))
+    p50, p90, p95, p99 = (float(value) for value in np.percentile(runs, (50, 90, 95, 99)))
     mean = float(runs.mean())
     return ModelTiming(
         name=name,
-        file=file,
-        size_bytes=size_bytes,
-        load_ms=load_ms,
+        load_ms=float(np.median([start.load_ms for start in starts])),
+        peak_memory_bytes=peak_memory_bytes,
+        warmup_ms=float(np.median([start.warmup_ms for start in starts])),
+        steady=all(start.steady for start in starts),
         p50_ms=p50,
         p90_ms=p90,
+        p95_ms=p95,
         p99_ms=p99,
         mean_ms=mean,
         throughput=batch_size / (mean / 1e3),
