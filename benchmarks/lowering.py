@@ -34,7 +34,7 @@ from rich.table import Table
 from structconv_cli.errors import StructconvError
 from structconv_cli.json_file import read_json, write_json
 from structconv_cli.timing.benchmark import BenchmarkSettings, benchmark
-from structconv_cli.timing.environment import Environment
+from structconv_cli.timing.environment import Environment, describe_environment
 from structconv_cli.timing.speedup import FASTER, SLOWER, Speedup
 
 # structured_models is imported where files are made: the processes that profile need no torch.
@@ -223,7 +223,7 @@ def measure(setting: Setting, options: argparse.Namespace) -> Row:
         dense_ms=dense_timing.p50_ms,
         dense_operators_ms=profiles[DENSE].operators_ms,
         lowered=lowered,
-        environment=timed.environment,
+        environment=describe_environment(ort.__version__, "CPUExecutionProvider"),
     )
 
 

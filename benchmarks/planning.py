@@ -58,7 +58,8 @@ from structconv_cli.rewrite import project_weights
 from structconv_cli.structure import Structure
 from structconv_cli.tasks.classification import Classification
 from structconv_cli.tasks.task import Evaluation
-from structconv_cli.timing.benchmark import BenchmarkResult, BenchmarkSettings, benchmark
+from structconv_cli.timing.benchmark import BenchmarkSettings, benchmark
+from structconv_cli.timing.setting_result import SettingResult
 from structconv_cli.timing.speedup import RESOLUTION, Speedup
 from structconv_cli.training.finetune import finetune
 from structconv_cli.training.recipe import Recipe
@@ -275,11 +276,11 @@ class Study:
                 project_weights(model, structures)
                 files[name] = write_onnx(model, structures, self.folder, f"{name}.onnx")
             write_json(benchmark(files, BenchmarkSettings(rounds=self.options.rounds)), file)
-        for name, gain in speedups(read_json(file, BenchmarkResult)).items():
+        for name, gain in speedups(read_json(file, SettingResult)).items():
             print(f"{name:10} {gain.median:.3f} ({gain.low:.3f} to {gain.high:.3f})", flush=True)
 
     def uniform_speedups(self) -> dict[str, Speedup]:
-        return speedups(read_json(self.folder / "uniform.json", BenchmarkResult))
+        return speedups(read_json(self.folder / "uniform.json", SettingResult))
 
     def prune(self) -> None:
         for target in self.options.targets:
@@ -436,7 +437,7 @@ class Study:
         files = {v.name: self.tuned(v) for v in variants}
         kept = self.folder / f"tuned-{self.recipe.epochs}-{self.recipe.seed}.{target}.json"
         if kept.exists():
-            gains = speedups(read_json(kept, BenchmarkResult))
+            gains = speedups(read_json(kept, SettingResult))
             if set(gains) == set(files):
                 return gains
         models = {name: file.with_suffix(".onnx") for name, file in files.items()}
@@ -558,7 +559,7 @@ def macs(model: nn.Module, structures: Mapping[str, Structure]) -> int:
     )
 
 
-def speedups(result: BenchmarkResult) -> dict[str, Speedup]:
+def speedups(result: SettingResult) -> dict[str, Speedup]:
     """By name, over the first model."""
     return {gain.candidate: gain for gain in result.speedups}
 

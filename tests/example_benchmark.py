@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from structconv_cli.benchmarking.protocol import Protocol
 from structconv_cli.benchmarking.result import (
     BENCHMARK_SCHEMA,
     BenchmarkedModel,
     BenchmarkResult,
-    Protocol,
     Quality,
 )
 from structconv_cli.conversion import ConvertResult
@@ -53,7 +53,6 @@ def example_benchmark(run: Path) -> BenchmarkResult:
         models=models,
         settings=(_setting(converted, 1, 1, 1.0), _setting(converted, 2, 8, 6.5)),
         quality=Quality("top-1 accuracy", "%", True, 450, "the validation part of digits"),
-        warnings=("Another process kept 0.4 cores busy; expect wider intervals.",),
     )
 
 
@@ -77,6 +76,7 @@ def _setting(
         blocks=(0,) * ROUNDS,
         conditions=Conditions(12.5, 0.4, 1.01, tuple(weather)),
         layers=(_layers(converted),),
+        warnings=("Other processes kept 0.4 cores busy during the measurement.",),
     )
 
 

@@ -3,30 +3,12 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from structconv_cli.benchmarking.protocol import Protocol
 from structconv_cli.timing.environment import Environment
 from structconv_cli.timing.setting_result import SettingResult
+from structconv_cli.timing.speedup import Speedup
 
 BENCHMARK_SCHEMA: Literal["structconv-benchmark/2"] = "structconv-benchmark/2"
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """How the models were measured.
-
-    Attributes:
-        rounds: Turns that each model was to have under each setting; None where a time was given.
-        duration_s: Time (s) that the rounds of each setting were to fill; None where their number
-            was given.
-        round_ms: Time (ms) that the timed runs of one turn fill, about.
-        seed: Seed of the input, of the order of the turns and of the intervals.
-        input: What the models were given: "random", or the user's images in words.
-    """
-
-    rounds: int | None
-    duration_s: float | None
-    round_ms: float
-    seed: int
-    input: str = "random"
 
 
 @dataclass(frozen=True)
@@ -83,11 +65,10 @@ class BenchmarkResult:
         protocol: How the models were measured.
         models: The models, the baseline first.
         settings: One entry for every number of threads and batch size, in the order asked for;
-            those that an interruption left without any round are missing.
+            those that failed, or that an interruption left without any round, are missing.
         quality: What the scores of the models are; None where they were not judged.
         quality_missing: Why they were not; empty if they were.
-        warnings: What a reader must know before trusting any figure, one sentence each. Those of
-            one setting are kept with it.
+        failures: The settings that could not be measured, and why, one sentence each.
         partial: Whether the benchmark was interrupted: some settings or rounds are missing.
     """
 
@@ -101,5 +82,23 @@ class BenchmarkResult:
     settings: tuple[SettingResult, ...]
     quality: Quality | None = None
     quality_missing: str = ""
-    warnings: tuple[str, ...] = ()
+    failures: tuple[str, ...] = ()
     partial: bool = False
+
+    @property
+    def baseline(self) -> BenchmarkedModel:
+        """The model that the others are compared with."""
+        return self.models[0]
+
+    def below(self, least: float) -> tuple[tuple[SettingResult, Speedup], ...]:
+        """The candidates' speed-ups whose interval does not lie above `least`; rivals do not count.
+
+        Without an interval (too few rounds) a speed-up counts as below.
+        """
+        rivals = {model.name for model in self.models if model.role == "rival"}
+        return tuple(
+            (setting, speedup)
+            for setting in self.settings
+            for speedup in setting.speedups
+            if speedup.candidate not in rivals and (speedup.low is None or speedup.low < least)
+        )

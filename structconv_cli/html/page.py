@@ -21,6 +21,7 @@ from structconv_cli.html.figures import breakable, figure, points, with_unit
 from structconv_cli.html.plots import epochs_plot, judged_plot, rounds_plot, trade_off_plot
 from structconv_cli.html.results import RunResults, read_results, speedup_of
 from structconv_cli.planning.targets import Targets
+from structconv_cli.report.benchmark_words import notes as benchmark_notes
 from structconv_cli.report.text import count
 from structconv_cli.timing.model_timing import ModelTiming
 from structconv_cli.timing.setting_result import SettingResult
@@ -97,6 +98,7 @@ def render_page(run: RunResults) -> str:
 def _helpers(run: RunResults) -> dict[str, Any]:
     return {
         "version": __version__,
+        "bench": run.benchmark_file,
         "figure": figure,
         "measure": _measure,
         "points": points,
@@ -142,7 +144,7 @@ def _layers(run: RunResults) -> dict[str, Any]:
 def _layer_times(run: RunResults) -> Mapping[str, LayerTime]:
     """Measured times of layers, or else the plan's prediction, or else none."""
     if run.layer_times is not None:
-        at: list[str | int] = ["benchmark.json", "settings", 0, "layers", 0, "layers"]
+        at: list[str | int] = [run.benchmark_file, "settings", 0, "layers", 0, "layers"]
         keys = ("before_ms", "after_ms")
         return {
             layer.name: LayerTime(layer.before_ms, layer.after_ms, [*at, index], keys)
@@ -174,7 +176,7 @@ def _plots(run: RunResults) -> dict[str, Any]:
 
 
 def _words(run: RunResults) -> dict[str, Any]:
-    setting, names = run.setting, tuple(run.inventory.inputs)
+    names = tuple(run.inventory.inputs)
     arguments = [_variable(name, index) for index, name in enumerate(names)]
     feeds = ", ".join(f"{name!r}: {word}" for name, word in zip(names, arguments, strict=True))
     notes = (*run.convert.notes, *(run.prediction.notes if run.prediction else ()))
@@ -183,10 +185,7 @@ def _words(run: RunResults) -> dict[str, Any]:
         "feeds": f"{{{feeds}}}",
         "command": shlex.join(run.info.command),
         "asked": _asked(run.prediction.targets if run.prediction else Targets()),
-        "notices": (
-            *(run.benchmark.warnings if run.benchmark else ()),
-            *(setting.warnings if setting else ()),
-        ),
+        "notices": benchmark_notes(run.benchmark) if run.benchmark else [],
         "notes": list(dict.fromkeys(notes)),
     }
 
@@ -234,12 +233,12 @@ def _speedup_at(run: RunResults) -> list[str | int]:
     if run.setting is None or run.speedup is None:
         return []
     index = run.setting.speedups.index(run.speedup)
-    return ["benchmark.json", "settings", 0, "speedups", index]
+    return [run.benchmark_file, "settings", 0, "speedups", index]
 
 
 def _timing_at(run: RunResults, timing: ModelTiming) -> list[str | int]:
     assert run.setting is not None
-    return ["benchmark.json", "settings", 0, "models", run.setting.models.index(timing)]
+    return [run.benchmark_file, "settings", 0, "models", run.setting.models.index(timing)]
 
 
 def _variable(name: str, index: int) -> str:

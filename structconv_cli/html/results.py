@@ -53,7 +53,8 @@ class RunResults:
         info, inventory, convert, verify, lowering: what `convert` and `verify` wrote.
         prediction: what the plan was predicted to do; None where it was not made for a target.
         benchmark: what `benchmark` measured; None where there is nothing to be read.
-        benchmark_missing: why not, and what to do; empty if there is.
+        benchmark_file: the name of the file that it was read from.
+        benchmark_missing: why there is nothing; empty if there is.
     """
 
     path: Path
@@ -64,6 +65,7 @@ class RunResults:
     lowering: Lowering
     prediction: Prediction | None
     benchmark: BenchmarkResult | None
+    benchmark_file: str
     benchmark_missing: str
 
     @property
@@ -147,12 +149,17 @@ def read_results(path: Path) -> RunResults:
     info = folder.info()
     benchmark: BenchmarkResult | None = None
     missing = "This run has not been benchmarked yet."
-    if folder.benchmark_result.exists():
+    file = folder.benchmark_result
+    # What an interrupted benchmark left, where there is none that was not.
+    partial = file.with_suffix(".partial.json")
+    if partial.exists() and not file.exists():
+        file = partial
+    if file.exists():
         try:
-            benchmark, missing = read_json(folder.benchmark_result, BenchmarkResult), ""
+            benchmark, missing = read_json(file, BenchmarkResult), ""
         except RunFolderError:
             missing = (
-                "benchmark.json cannot be read: it is damaged, or another version of structconv "
+                f"{file.name} cannot be read: it is damaged, or another version of structconv "
                 "wrote it."
             )
     return RunResults(
@@ -164,6 +171,7 @@ def read_results(path: Path) -> RunResults:
         lowering=read_json(folder.lowering, Lowering),
         prediction=_optional(folder.prediction, Prediction),
         benchmark=benchmark,
+        benchmark_file=file.name,
         benchmark_missing=missing,
     )
 

@@ -6,7 +6,6 @@ so what was timed in one model is known in another.
 """
 
 import hashlib
-import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from structconv_cli.onnx.target import Target
 from structconv_cli.onnx.timing_cache import TimingCache
 from structconv_cli.timing.benchmark import BenchmarkSettings, benchmark
 from structconv_cli.timing.execution_provider import PROVIDERS
+from structconv_cli.timing.node_owners import times_by_owner
 from structconv_cli.timing.node_times import NodeTime, node_times
 
 _RUN_MS = 1500.0
@@ -46,10 +46,6 @@ class Variant:
     choice: Choice
     rebuilt: Rebuilt
     ms: Mapping[str, float]
-
-
-_FUSED = re.compile(r"^fused |_nchwc$|/\w+Fusion/?$")
-"""What ONNX Runtime's optimisers add to the names of nodes."""
 
 
 class Measure:
@@ -89,7 +85,10 @@ class Measure:
         known = {owner: self.cache.get(key) for owner, key in keys.items()}
         if any(ms is None for ms in known.values()):
             times = self._profile(rebuilt.model)
-            known = {**dict.fromkeys(keys, 0.0), **_by_owner(rebuilt, times)}
+            known = {
+                **dict.fromkeys(keys, 0.0),
+                **times_by_owner(rebuilt.model.graph.node, rebuilt.owners, times),
+            }
             for key, ms in _means(keys, known).items():
                 # What is known stays: the same plan is made again from the same times.
                 if self.cache.get(key) is None:
@@ -178,30 +177,3 @@ def _signature(node: onnx.NodeProto, constants: Mapping[str, tuple[int, ...]]) -
 
 def _sizes(shape: Shape | None) -> str:
     return "x".join("?" if size is None else str(size) for size in shape or ())
-
-
-def _by_owner(rebuilt: Rebuilt, times: tuple[NodeTime, ...]) -> dict[str, float]:
-    """Times summed by the dense node for which the timed nodes were emitted.
-
-    ONNX Runtime names a fused convolution after its last output; the time is the convolution's.
-    Layout changes have no name of their own: they are counted to the node that runs next.
-    """
-    producers = {name: node for node in rebuilt.model.graph.node for name in node.output}
-    named = {node.name: node for node in rebuilt.model.graph.node if node.name}
-    sums: dict[str, float] = {}
-    waiting = 0.0
-    for entry in times:
-        name = _FUSED.sub("", entry.name)
-        node = producers.get(name) or named.get(name)
-        if node is None:
-            waiting += entry.ms
-            continue
-        while "Conv" in entry.op_type and node.op_type != "Conv":
-            before = producers.get(node.input[0])
-            if before is None:
-                break
-            node = before
-        owner = rebuilt.owners[node.output[0]]
-        sums[owner] = sums.get(owner, 0.0) + entry.ms + waiting
-        waiting = 0.0
-    return sums

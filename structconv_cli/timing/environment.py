@@ -50,7 +50,7 @@ def describe_environment(
     """
     return Environment(
         cpu=_cpu_name(),
-        cores=cores_allowed(),
+        cores=len(allowed_cores()),
         memory_bytes=psutil.virtual_memory().total,
         os=platform.platform(),
         python=platform.python_version(),
@@ -70,8 +70,8 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine() or "unknown"
 
 
-def cores_allowed() -> int:
-    """How many logical cores this process may use."""
+def allowed_cores() -> frozenset[int]:
+    """The logical cores that this process may use, by number."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        return frozenset(os.sched_getaffinity(0))
+    return frozenset(range(os.cpu_count() or 1))

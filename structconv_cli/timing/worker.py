@@ -6,16 +6,26 @@ request is answered by one line on standard output, the method's result or ``{"e
 The end of standard input ends the process.
 """
 
+import base64
 import json
 import os
+import re
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
 LOG_ERRORS_ONLY = 3
+STEADY = 1.02
+"""Ratio of successive windows' latencies within which a model is steady."""
+LONGEST_WARM_UP = 10
+"""Bound of a warm-up, in multiples of the least one."""
+_WINDOWS = 4
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_RESET_PEAK = "5"
 
 
 class Worker:
@@ -23,12 +33,24 @@ class Worker:
 
     _session: Any
     _feeds: dict[str, np.ndarray[Any, np.dtype[Any]]]
+    _empty_bytes: int | None = None
 
-    def describe(self) -> dict[str, Any]:
-        """Name the installed ONNX Runtime's version and its execution providers."""
+    def describe(self, affinity: list[int], empty: str) -> dict[str, Any]:
+        """Hold this process to some cores; name ONNX Runtime's version and providers.
+
+        Args:
+            affinity: Logical cores; empty for all that are allowed.
+            empty: A trivial model in base64, whose session is what memory is counted from.
+        """
+        if affinity:
+            os.sched_setaffinity(0, affinity)
+        ort.InferenceSession(base64.b64decode(empty), _options(1, False), providers=[_CPU])
+        if _STATUS.is_file() and os.access(_CLEAR, os.W_OK):
+            _CLEAR.write_text(_RESET_PEAK)
+            self._empty_bytes = _resident_bytes("VmHWM")
         return {"onnxruntime": ort.__version__, "providers": ort.get_available_providers()}
 
-    def load(self, file: str, provider: str, threads: int) -> dict[str, Any]:
+    def load(self, file: str, provider: str, threads: int, spinning: bool) -> dict[str, Any]:
         """Create the session for `file`; tell how long that took (ms), and the model's inputs.
 
         The dimensions of an input are numbers, or null where the model leaves them open.
@@ -36,12 +58,7 @@ class Worker:
         if provider == "CUDAExecutionProvider" and hasattr(ort, "preload_dlls"):
             # CUDA and cuDNN that pip installed are not on the system's library path.
             ort.preload_dlls()
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-        options.log_severity_level = LOG_ERRORS_ONLY
+        options = _options(threads, spinning)
         start = time.perf_counter_ns()
         self._session = ort.InferenceSession(file, options, providers=[provider])
         load_ns = time.perf_counter_ns() - start
@@ -58,14 +75,24 @@ class Worker:
             ],
         }
 
-    def feed(self, inputs: list[dict[str, Any]], seed: int) -> dict[str, Any]:
-        """Fill the named inputs: floats from a normal distribution, integers with zeros."""
+    def feed(self, inputs: list[dict[str, Any]], seed: int, given: str = "") -> dict[str, Any]:
+        """Fill the named inputs: from a file, or floats by a normal distribution, integers by 0.
+
+        Args:
+            inputs: Name, dtype and shape of each.
+            seed: Seeds what is random.
+            given: An .npz file of arrays by name, whose rows are repeated to fill a batch; empty
+                for random inputs.
+        """
         rng = np.random.default_rng(seed)
+        arrays = dict(np.load(given)) if given else {}
         self._feeds = {}
         # By name, so that models that list their inputs in another order get the same numbers.
         for item in sorted(inputs, key=lambda item: str(item["name"])):
             dtype = np.dtype(item["dtype"])
-            if dtype.kind == "f":
+            if given:
+                value = np.resize(arrays[item["name"]], item["shape"]).astype(dtype)
+            elif dtype.kind == "f":
                 normal = rng.standard_normal(item["shape"], dtype=np.float32)
                 value = np.asarray(normal, dtype=dtype)
             else:
@@ -74,23 +101,66 @@ class Worker:
         return {}
 
     def warm_up(self, milliseconds: float) -> dict[str, Any]:
-        """Run at least once and until the time has passed; give the latency (ms) reached."""
-        latencies = [self._run_ns()]
-        while sum(latencies) < milliseconds * 1e6:
-            latencies.append(self._run_ns())
-        # The first runs allocate memory and wake threads; the rounds will not.
-        settled = latencies[len(latencies) // 2 :]
-        return {"latency_ms": float(np.median(settled)) / 1e6}
+        """Run for this time at least, and until steady, but not for long; give the latency (ms).
+
+        A window is a quarter of the time. The model is steady when the lower quartile of a window's
+        latencies is no longer below that of the window before.
+        """
+        window_ns, spent_ns = milliseconds * 1e6 / _WINDOWS, 0
+        quartiles: list[float] = []
+        while True:
+            latencies = [self._run_ns()]
+            while sum(latencies) < window_ns:
+                latencies.append(self._run_ns())
+            spent_ns += sum(latencies)
+            quartiles.append(float(np.quantile(latencies, 0.25)))
+            steady = len(quartiles) > 1 and quartiles[-2] <= STEADY * quartiles[-1]
+            least = spent_ns >= milliseconds * 1e6
+            if least and (steady or spent_ns >= LONGEST_WARM_UP * milliseconds * 1e6):
+                return {
+                    "latency_ms": float(np.median(latencies)) / 1e6,
+                    "warmup_ms": spent_ns / 1e6,
+                    "steady": steady,
+                }
 
     def measure(self, runs: int) -> dict[str, Any]:
         """Run once untimed, then `runs` times; give each run's time in nanoseconds."""
         self._run_ns()
         return {"ns": [self._run_ns() for _ in range(runs)]}
 
+    def usage(self) -> dict[str, Any]:
+        """Peak memory (bytes) above that of an empty session, or null; processor time (s)."""
+        peak = None
+        if self._empty_bytes is not None:
+            peak = max(0, _resident_bytes("VmHWM") - self._empty_bytes)
+        times = os.times()
+        return {"peak_bytes": peak, "cpu_s": times.user + times.system}
+
     def _run_ns(self) -> int:
         start = time.perf_counter_ns()
         self._session.run(None, self._feeds)
         return time.perf_counter_ns() - start
+
+
+_CPU = "CPUExecutionProvider"
+
+
+def _options(threads: int, spinning: bool) -> Any:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = LOG_ERRORS_ONLY
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
+    return options
+
+
+def _resident_bytes(field: str) -> int:
+    """A field of /proc/self/status, which unlike getrusage does not count the parent's memory."""
+    found = re.search(rf"^{field}:\s*(\d+) kB$", _STATUS.read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1]) * 1024
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """The parent's side of a process that runs one model: see `worker` for the other."""
 
+import base64
 import json
 import os
 import re
@@ -7,14 +8,18 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
+from onnx import TensorProto, helper
+
 from structconv_cli.errors import BenchmarkError
 
 _REMEDIES = {
-    "describe": "Check that ONNX Runtime is installed.",
+    "describe": "Check that ONNX Runtime is installed, and that the cores may be used.",
     "load": "Give an ONNX file that the installed ONNX Runtime can read and run.",
     "feed": "Use a smaller batch size if the machine ran out of memory.",
     "warm_up": (
@@ -22,6 +27,7 @@ _REMEDIES = {
         "out of memory."
     ),
     "measure": "Use a smaller batch size if the machine ran out of memory.",
+    "usage": "Check that /proc can be read.",
 }
 
 
@@ -38,6 +44,7 @@ class WorkerProcess:
         self.name = name
         self.file = file
         self.title = f"Model '{name}' ({file})"
+        self._asking = False
 
     def __enter__(self) -> Self:
         # A file, since nobody would empty a pipe and a worker with much to say would block.
@@ -72,6 +79,23 @@ class WorkerProcess:
                 # Closing flushes a request that the worker did not live to read.
                 continue
 
+    def describe(self, affinity: Sequence[int]) -> dict[str, Any]:
+        """Hold the process to some cores, all if there are none; ONNX Runtime's version, providers.
+
+        Raises:
+            BenchmarkError: As in `ask`.
+        """
+        return self.ask("describe", affinity=list(affinity), empty=_empty_model())
+
+    def usage(self) -> dict[str, Any] | None:
+        """Peak memory (bytes, or None) and processor time (s); None if the process is not well."""
+        if self._asking:
+            return None
+        try:
+            return self.ask("usage")
+        except BenchmarkError:
+            return None
+
     def ask(self, op: str, **arguments: Any) -> dict[str, Any]:
         """Send one request and wait for its answer.
 
@@ -85,6 +109,8 @@ class WorkerProcess:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         request = json.dumps({"op": op, **arguments}) + "\n"
+        # An interruption leaves this set: the next answer would not be that of the next request.
+        self._asking = True
         try:
             self._process.stdin.write(request.encode())
             self._process.stdin.flush()
@@ -93,6 +119,7 @@ class WorkerProcess:
             line = b""
         if not line.endswith(b"\n"):
             raise BenchmarkError(self._obituary())
+        self._asking = False
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             reason = _one_paragraph(answer["error"])
@@ -116,6 +143,17 @@ class WorkerProcess:
             f"{self.title}: the process that ran it ended early ({reason}). If the machine ran "
             "out of memory, use a smaller batch size or fewer models at once."
         )
+
+
+@cache
+def _empty_model() -> str:
+    """A model of one Identity node, in base64."""
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "y")]
+    nodes = [helper.make_node("Identity", ["x"], ["y"])]
+    graph = helper.make_graph(nodes, "empty", ends[:1], ends[1:])
+    # Versions that every ONNX Runtime in use can read.
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    return base64.b64encode(model.SerializeToString()).decode()
 
 
 def _one_paragraph(text: str) -> str:

@@ -1,0 +1,1 @@
+"""What a user would weigh a structured model against: other ways to make the original faster."""
