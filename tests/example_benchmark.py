@@ -49,7 +49,7 @@ def example_benchmark(run: Path) -> BenchmarkResult:
         created="2026-11-22T00:30:00+00:00",
         command=("structconv", "benchmark", str(run)),
         environment=describe_environment("1.31.1", "CPUExecutionProvider"),
-        protocol=Protocol(ROUNDS, None, 50.0, 0),
+        protocol=Protocol(rounds=ROUNDS),
         models=models,
         settings=(_setting(converted, 1, 1, 1.0), _setting(converted, 2, 8, 6.5)),
         quality=Quality("top-1 accuracy", "%", True, 450, "the validation part of digits"),

@@ -90,6 +90,7 @@ def render_page(run: RunResults) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(title_case=_title_case, lower_first=_lower_first)
+    environment.filters["without_stop"] = lambda words: words.rstrip().removesuffix(".")
     return environment.get_template("report.html").render(
         {**_helpers(run), **_layers(run), **_plots(run), **_words(run), "run": run}
     )

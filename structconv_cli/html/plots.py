@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import matplotlib
 from markupsafe import Markup
@@ -54,16 +55,21 @@ def rounds_plot(setting: SettingResult, candidate: str) -> Plot:
             colour = _colour(index, model.name, candidate)
             numbers = range(1, len(model.round_ms) + 1)
             axes.plot(numbers, model.round_ms, color=colour, marker="o", markersize=2.5)
+        top = 1.05 * max(max(model.round_ms) for model in setting.models)
+        axes.set_ylim(0, top)
+        ends = [model.round_ms[-1] for model in setting.models]
+        for index, (model, height) in enumerate(
+            zip(setting.models, _apart(ends, top / 16), strict=True)
+        ):
             axes.annotate(
                 model.name,
-                (len(model.round_ms), model.round_ms[-1]),
+                (len(model.round_ms), height),
                 xytext=(5, 0),
                 textcoords="offset points",
-                color=colour,
+                color=_colour(index, model.name, candidate),
                 va="center",
                 annotation_clip=False,
             )
-        axes.set_ylim(bottom=0)
         axes.margins(x=0.02)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("round")
@@ -151,6 +157,15 @@ def epochs_plot(tuning: FineTuneResult) -> Plot | None:
         f"the original has {original:.2f}."
     )
     return draw("epochs", words, on)
+
+
+def _apart(heights: Sequence[float], gap: float) -> list[float]:
+    """Heights moved up as far as they must to be `gap` apart; in the order given."""
+    moved = list(heights)
+    order = sorted(range(len(moved)), key=moved.__getitem__)
+    for below, above in pairwise(order):
+        moved[above] = max(moved[above], moved[below] + gap)
+    return moved
 
 
 def _label(
