@@ -208,6 +208,10 @@ def test_the_verdict_is_one_sentence(results: RunResults) -> None:
     ):
         changed = with_speedup(run, median=0.8, low=None, high=None, verdict=verdict)
         assert words in heading(render_page(changed))
+    lead = Page(re.findall(r'<p class="lead">(.*?)</p>', render_page(run), re.DOTALL)[0]).text
+    assert results.benchmark is not None
+    other = results.benchmark.settings[1].speedups[0]
+    assert f"2 threads, batch 8: {other.median:.2f}." in lead
     level = with_scores(results, 58.514, 58.511, Metric("mIoU", "%"))
     assert "its mIoU is unchanged at 58.51 %" in heading(render_page(level))
 

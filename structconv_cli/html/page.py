@@ -111,6 +111,7 @@ def _helpers(run: RunResults) -> dict[str, Any]:
         "ratio_of": _ratio_of,
         "entry_of": _entry_of,
         "timings_of": _timings_of,
+        "others": _others(run),
         "speedup_at": _speedup_at(run),
         "timing_at": lambda timing: _timing_at(run, timing),
         "layer_checks": kinds_of(run.verify.layers),
@@ -218,6 +219,13 @@ def _multiplications(row: LayerRow) -> int:
 def _timings_of(setting: SettingResult, speedup: Speedup) -> tuple[ModelTiming, ModelTiming]:
     found = {model.name: model for model in setting.models}
     return found[speedup.baseline], found[speedup.candidate]
+
+
+def _others(run: RunResults) -> list[tuple[SettingResult, Speedup]]:
+    """The settings after the first, with the structured model's speed-up under each."""
+    settings = run.benchmark.settings[1:] if run.benchmark else ()
+    found = [(setting, speedup_of(run.benchmark, setting)) for setting in settings]
+    return [(setting, speedup) for setting, speedup in found if speedup is not None]
 
 
 def _ratio_of(setting: SettingResult, model: ModelTiming) -> tuple[int, Speedup] | None:
