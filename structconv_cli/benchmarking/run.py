@@ -167,7 +167,7 @@ def _measure(
     for threads, batch_size in request.settings:
         title = f"{threads} thread{'s' * (threads > 1)}, batch {batch_size}"
         try:
-            with observer.stage(title):
+            with observer.stage(f"benchmark, {title}"):
                 found = benchmark(
                     files,
                     request.setting(threads, batch_size),

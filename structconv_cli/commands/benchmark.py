@@ -104,8 +104,6 @@ def _check_options(
     for first, one, second, other in pairs:
         if one is not None and other is not None and one != other:
             raise typer.BadParameter(f"{first} and {second} say the same thing; give one of them.")
-    if device not in (None, "cpu", "cuda"):
-        raise typer.BadParameter(f"--device is cpu or cuda; found {device!r}. See --provider.")
     if spinning not in ("on", "off"):
         raise typer.BadParameter(f"--spinning is on or off; found {spinning!r}.")
 
