@@ -16,6 +16,7 @@ from structconv_cli.commands.failures import INTERRUPTED
 from structconv_cli.commands.inspect import inspect
 from structconv_cli.commands.lower import lower
 from structconv_cli.commands.plan import plan
+from structconv_cli.commands.report import report
 from structconv_cli.commands.verify import verify
 
 app = typer.Typer(
@@ -39,6 +40,7 @@ app.command(epilog="Example: structconv verify structconv-run")(verify)
 app.command(epilog="Example: structconv benchmark structconv-run --threads 2 --batch-size 8")(
     benchmark
 )
+app.command(epilog="Example: structconv report structconv-run --out report.html")(report)
 
 
 def main() -> None:

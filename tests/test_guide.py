@@ -1,0 +1,171 @@
+"""Every command and snippet of the guide, run as it stands there."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from structconv_cli.cli import app
+
+GUIDE = Path(__file__).parents[1] / "docs" / "guide"
+PAGES = ("concepts", "converting", "targets", "report", "deploying", "limits")
+COMMANDS = ("converting", "targets", "report", "deploying")
+"""Pages whose blocks are run one after another, in one folder."""
+
+
+def blocks(page: str, *languages: str) -> list[tuple[str, str]]:
+    """A page's blocks of code in these languages, in order, each with its language."""
+    text = (GUIDE / f"{page}.md").read_text()
+    found = re.findall(r"^```(\w+)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return [(language, block) for language, block in found if language in languages]
+
+
+@pytest.fixture(scope="module")
+def workplace(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """model.py, model.pt and images/ as the guide's reader would have them."""
+    place = tmp_path_factory.mktemp("guide")
+    source = (tiny / "tiny.py").read_text()
+    (place / "model.py").write_text(source + "\ndef build(classes):\n    return Tiny(3, classes)\n")
+    namespace: dict[str, object] = {}
+    exec(source, namespace)
+    torch.save(namespace["tiny"](3, 3).state_dict(), place / "model.pt")  # type: ignore[operator]
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 24), ("val", 8)):
+        for label in range(3):
+            folder = place / "images" / part / f"class{label}"
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = rng.integers(0, 80, (32, 32, 3)) + 60 * label
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index}.png")
+    return place
+
+
+@pytest.fixture(scope="module")
+def done(workplace: Path) -> Path:
+    """The folder after the commands and snippets of these pages."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workplace)
+        for page in COMMANDS:
+            for language, block in blocks(page, "sh", "python"):
+                if language == "python":
+                    run([sys.executable, "-c", block], workplace)
+                    continue
+                for line in block.splitlines():
+                    words = shlex.split(line)
+                    assert words[0] == "structconv"
+                    result = CliRunner().invoke(app, words[1:])
+                    assert result.exit_code == 0, f"{line}\n{result.output}"
+    return workplace
+
+
+def run(words: list[str], place: Path) -> str:
+    done = subprocess.run(words, cwd=place, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{words}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def test_the_commands_write_what_the_guide_says(done: Path) -> None:
+    assert (done / "first" / "report.html").is_file()
+    for folder in ("first", "from-onnx", "planned"):
+        assert (done / folder / "structured.onnx").is_file()
+    assert (done / "trial.json").is_file()
+
+
+def test_the_concepts_hold() -> None:
+    snippets = blocks("concepts", "python")
+    assert snippets
+    for _, snippet in snippets:
+        exec(snippet, {})
+
+
+def test_the_cpp_program_compiles_and_runs(done: Path) -> None:
+    home = os.environ.get("ORT", "/usr")
+    headers = list(Path(home, "include").rglob("onnxruntime_cxx_api.h"))
+    if not headers or shutil.which("g++") is None:
+        pytest.skip(
+            f"no C++ compiler, or no ONNX Runtime headers under {home}: set ORT to a release"
+        )
+    ((_, program),) = blocks("deploying", "cpp")
+    (done / "run.cpp").write_text(program)
+    library = Path(home, "lib")
+    words = ["g++", "-std=c++17", "run.cpp", f"-I{headers[0].parent}", f"-L{library}"]
+    run([*words, f"-Wl,-rpath,{library}", "-lonnxruntime", "-o", "run"], done)
+    float(run(["./run"], done))
+
+
+def test_the_programs_name_the_models_inputs_and_outputs(done: Path) -> None:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(done / "first" / "structured.onnx")
+    (entry,), (output,) = session.get_inputs(), session.get_outputs()
+    assert (entry.name, entry.shape[1:], output.name) == ("input", [3, 32, 32], "output")
+    ((_, program),) = blocks("deploying", "cpp")
+    assert 'inputs[] = {"input"}' in program
+    assert 'outputs[] = {"output"}' in program
+    assert "shape{1, 3, 32, 32}" in program
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package", ["onnxruntime-node", "onnxruntime-web"])
+def test_the_javascript_program_runs(package: str, done: Path) -> None:
+    npm = shutil.which("npm")
+    if npm is None or shutil.which("node") is None:
+        pytest.skip("no Node.js")
+    place = done / package
+    place.mkdir()
+    (place / "package.json").write_text("{}")
+    # Its own install script would fetch GPU libraries.
+    words = [npm, "install", "--ignore-scripts", "--no-audit", "--no-fund", f"{package}@1.30.0"]
+    found = subprocess.run(words, cwd=place, capture_output=True, text=True, check=False)
+    if found.returncode:
+        pytest.skip(f"npm cannot install {package}: {found.stderr[-200:]}")
+    ((_, program),) = blocks("deploying", "js")
+    (place / "run.mjs").write_text(program.replace("onnxruntime-node", package))
+    (place / "first").symlink_to(done / "first")
+    assert run(["node", "run.mjs"], place).strip().endswith("1x3")
+
+
+@pytest.mark.parametrize("page", ["README", *PAGES])
+def test_links_lead_somewhere(page: str) -> None:
+    text = (GUIDE / f"{page}.md").read_text()
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        path, _, anchor = target.partition("#")
+        file = (GUIDE / path).resolve()
+        assert file.is_file(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", x).lower().replace(" ", "-") for x in titles}
+
+
+def test_the_contents_list_every_page() -> None:
+    listed = re.findall(r"\]\((\w+)\.md\)", (GUIDE / "README.md").read_text())
+    assert tuple(listed) == PAGES
+    assert {path.stem for path in GUIDE.glob("*.md")} == {"README", *PAGES}
+
+
+def test_every_block_is_of_a_language_that_is_run() -> None:
+    for page in PAGES:
+        text = (GUIDE / f"{page}.md").read_text()
+        languages = set(re.findall(r"^```(\w*)\n", text, re.MULTILINE)) - {""}
+        assert languages <= {"sh", "python", "cpp", "js"}
+
+
+def test_the_picture_is_of_the_kernel_that_the_text_describes() -> None:
+    root = ElementTree.parse(GUIDE / "kernel.svg").getroot()
+    words = [
+        "".join(element.itertext()) for element in root.iter("{http://www.w3.org/2000/svg}text")
+    ]
+    ones = words.count("1")
+    assert ones == 4 * 4 + 4
+    assert words.count("0") == 4 * 5
+    assert root.get("aria-label")
