@@ -104,12 +104,6 @@ FailBelow = Annotated[
         "of its interval, in every setting: 1.3. Rivals do not count.",
     ),
 ]
-JsonOut = Annotated[
-    str | None,
-    typer.Option(
-        "--json", metavar="FILE|-", help="Write the result as JSON; - prints it, and no tables."
-    ),
-]
 MarkdownOut = Annotated[
     str | None,
     typer.Option(

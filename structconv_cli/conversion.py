@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from structconv_cli.cost import Cost, dense_cost, structured_cost
 from structconv_cli.data.spec import DataSpec
@@ -102,6 +103,7 @@ class ConvertResult:
         seconds: duration of the whole conversion, verification included.
         notes: what the user should know, one sentence each.
         reconstruction: how weights were found without training; None where they were tuned.
+        schema: names this format and its version.
     """
 
     layers: tuple[LayerOutcome, ...]
@@ -113,6 +115,7 @@ class ConvertResult:
     seconds: float
     notes: tuple[str, ...]
     reconstruction: ReconstructionRecord | None = None
+    schema: Literal["structconv-convert/1"] = "structconv-convert/1"
 
 
 def layer_outcomes(

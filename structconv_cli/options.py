@@ -119,7 +119,12 @@ Timings = Annotated[
 Run = Annotated[
     Path, typer.Argument(help="Run folder that `structconv convert` wrote.", show_default=True)
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and no tables.")]
+Json = Annotated[
+    str | None,
+    typer.Option(
+        "--json", metavar="FILE|-", help="Write the result as JSON; - prints it, and no tables."
+    ),
+]
 Model = Annotated[Path, typer.Argument(help="An ONNX file, trained weights, or a run folder.")]
 InputShape = Annotated[
     list[str] | None,

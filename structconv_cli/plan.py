@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from structconv_cli.errors import PlanError
 from structconv_cli.structure import Structure
+from structconv_cli.zip_archive import legible
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,15 @@ class KeptLayer:
 
 @dataclass(frozen=True)
 class Plan:
-    """One entry per convolution and linear layer, in the order in which the model runs them."""
+    """One entry per convolution and linear layer, in the order in which the model runs them.
+
+    `schema` names the format of its JSON and its version; a plan written by hand may leave it out.
+    """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     layers: tuple[LayerPlan | KeptLayer, ...]
+    schema: Literal["structconv-plan/1"] = "structconv-plan/1"
 
     def __post_init__(self) -> None:
         names = [layer.name for layer in self.layers]
@@ -87,7 +93,7 @@ def read_plan(path: Path) -> Plan:
     except ValidationError as error:
         place, problem = _first_problem(text, error)
         raise PlanError(
-            f"the plan {path} is not valid at {place}: {problem}. Expected "
+            f"the plan {path} is not valid at {legible(place)}: {legible(problem)}. Expected "
             '{"layers": [{"name": ..., "structure": {"dense": [...], "reduced": [...]}} or '
             '{"name": ..., "reason": ...}, ...]}, as `structconv plan` writes it.'
         ) from None

@@ -108,8 +108,9 @@ class Unfinished:
         # torch reports a full disk as an internal error, with a traceback.
         memory = io.BytesIO()
         torch.save({**state, "tried": len(self.tried)}, memory)
+        beside.unlink(missing_ok=True)
         try:
-            with beside.open("wb") as stream:
+            with beside.open("xb") as stream:
                 stream.write(memory.getbuffer())
                 stream.flush()
                 os.fsync(stream.fileno())

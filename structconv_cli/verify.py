@@ -13,7 +13,7 @@ Runtime computed them from the dense structured graph.
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -105,6 +105,7 @@ class VerifyResult:
         approximation_missing: why it was not; empty if it was.
         notes: what was not compared, and why; one sentence each.
         computed_by: what computed the outputs that the whole model is compared with.
+        schema: names this format and its version.
     """
 
     exact: bool
@@ -115,6 +116,7 @@ class VerifyResult:
     approximation_missing: str
     notes: tuple[str, ...] = ()
     computed_by: str = PYTORCH
+    schema: Literal["structconv-verification/1"] = "structconv-verification/1"
 
     @property
     def failures(self) -> tuple[Check, ...]:

@@ -78,7 +78,7 @@ def test_a_plan_that_loses_too_much_is_given_up_for_a_lighter_one(
     speedups = [speedup for speedup, _ in tried]
     speedups.append(round(read_json(folder.prediction, Prediction).speedup, 2))
     assert speedups == sorted(speedups, reverse=True)
-    report = done(run("verify", folder.path, "--json")).stdout
+    report = done(run("verify", folder.path, "--json", "-")).stdout
     assert json.loads(report)["exact"] is True
 
 

@@ -163,7 +163,7 @@ def test_a_converted_run_is_a_checkpoint_to_convert_again(
 
 
 def test_json_goes_to_standard_output_alone(tiny_run: Path) -> None:
-    result = run("verify", tiny_run, "--json")
+    result = run("verify", tiny_run, "--json", "-")
     assert result.exit_code == 0
     assert json.loads(result.stdout)["exact"] is True
     result = run("benchmark", tiny_run, "--rounds", 5, "--blocks", 1, "--json", "-")

@@ -166,7 +166,7 @@ def test_a_checkpoint_and_its_export_are_listed_alike(tiny: Path, tmp_path: Path
     found: list[dict[str, Any]] = []
     for shape in ("1x1x8x8", "input=1x1x8x8"):
         result = runner.invoke(
-            app, ["inspect", *map(str, words_for(tiny)), "--input-shape", shape, "--json"]
+            app, ["inspect", *map(str, words_for(tiny)), "--input-shape", shape, "--json", "-"]
         )
         assert result.exit_code == 0, result.output
         found.append(json.loads(result.stdout))

@@ -137,7 +137,7 @@ def words_of(text: str) -> str:
 
 
 def lower_json(*words: object, status: int = 0) -> dict[str, Any]:
-    result = lower(*words, "--json")
+    result = lower(*words, "--json", "-")
     assert result.exit_code == status, result.output
     assert result.stderr == ""
     return json.loads(result.stdout)
@@ -187,7 +187,7 @@ class TestMeasured:
         results = []
         for _ in range(2):
             # Whether dense, average or split is fastest on so small a model is down to noise.
-            result = lower(*words, "--json")
+            result = lower(*words, "--json", "-")
             assert result.exit_code in (0, 3), result.output
             results.append(json.loads(result.stdout))
             assert (result.exit_code == 0) == (results[-1]["written"] is not None)
@@ -258,7 +258,7 @@ def test_every_form_that_can_be_asked_for_is_exact(folder: Path, form: str) -> N
 
 def test_a_fixed_form_gives_the_same_bytes_in_any_process(folder: Path) -> None:
     lower_json(folder / "model.onnx", "-o", folder / "here.onnx", *FIXED)
-    words = ["lower", "model.onnx", "-o", "there.onnx", *FIXED, "--json"]
+    words = ["lower", "model.onnx", "-o", "there.onnx", *FIXED, "--json", "-"]
     done = subprocess.run(
         [sys.executable, "-m", "structconv_cli", *words],
         cwd=folder,

@@ -259,7 +259,7 @@ def test_a_process_prints_the_prediction_as_json_and_leaves_the_model_alone(
     place: Place, first: Path, tmp_path: Path
 ) -> None:
     before = {path: path.read_bytes() for path in place.folder.iterdir() if path.is_file()}
-    command = [sys.executable, "-m", "structconv_cli", "plan", place.onnx, "--json"]
+    command = [sys.executable, "-m", "structconv_cli", "plan", place.onnx, "--json", "-"]
     ended = subprocess.run(
         [*map(str, command), "--timings", str(place.timings)],
         cwd=tmp_path,

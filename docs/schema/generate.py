@@ -2,8 +2,8 @@
 
     python docs/schema/generate.py
 
-`$id` names the format and its version: a change that a reader of the old version would stumble over
-gets the next number.
+`$id` names the format and its version, as the field `schema` of each file does: a change that a
+reader of the old version would stumble over gets the next number.
 """
 
 import json
@@ -15,20 +15,20 @@ from pydantic import TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
-from structconv_cli.benchmarking.result import BENCHMARK_SCHEMA, BenchmarkResult
+from structconv_cli.benchmarking.result import BenchmarkResult
 from structconv_cli.conversion import ConvertResult
 from structconv_cli.plan import Plan
 from structconv_cli.planning.prediction import Prediction
 from structconv_cli.verify import VerifyResult
 
-KINDS: dict[str, tuple[str, type[Any]]] = {
-    "plan": ("structconv-plan/1", Plan),
-    "prediction": ("structconv-prediction/1", Prediction),
-    "convert": ("structconv-convert/1", ConvertResult),
-    "verification": ("structconv-verification/1", VerifyResult),
-    "benchmark": (BENCHMARK_SCHEMA, BenchmarkResult),
+KINDS: dict[str, type[Any]] = {
+    "plan": Plan,
+    "prediction": Prediction,
+    "convert": ConvertResult,
+    "verification": VerifyResult,
+    "benchmark": BenchmarkResult,
 }
-"""By file's name: the format's name and version, and the dataclass."""
+"""Dataclasses by the file's name."""
 
 
 class Documented(GenerateJsonSchema):
@@ -51,8 +51,9 @@ class Documented(GenerateJsonSchema):
 def schemas() -> dict[str, str]:
     """The text of every schema, by the name of its file."""
     texts = {}
-    for name, (identifier, kind) in KINDS.items():
+    for name, kind in KINDS.items():
         schema = TypeAdapter(kind).json_schema(mode="serialization", schema_generator=Documented)
+        identifier = schema["properties"]["schema"]["const"]
         heads = {"$schema": GenerateJsonSchema.schema_dialect, "$id": identifier}
         texts[f"{name}.schema.json"] = json.dumps({**heads, **schema}, indent=2) + "\n"
     return texts

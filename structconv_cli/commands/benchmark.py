@@ -43,7 +43,7 @@ def benchmark(
     affinity: benchmark_options.Affinity = "",
     seed: options.Seed = 0,
     fail_below: benchmark_options.FailBelow = None,
-    json: benchmark_options.JsonOut = None,
+    json: options.Json = None,
     markdown: benchmark_options.MarkdownOut = None,
 ) -> None:
     """Time models in ONNX Runtime, in turns, and compare them: those of a run folder, or any files.
@@ -125,6 +125,7 @@ def _counts(option: str, text: str) -> tuple[int, ...]:
 
 def _keep(result: "BenchmarkResult", subjects: "tuple[Subject, ...]") -> Path | None:
     """Write the result to the run folder that it is of, if it is of one."""
+    from structconv_cli.html.page import write_report
     from structconv_cli.json_file import write_json
 
     runs = {subject.run.path: subject.run for subject in subjects if subject.run is not None}
@@ -136,6 +137,7 @@ def _keep(result: "BenchmarkResult", subjects: "tuple[Subject, ...]") -> Path | 
     if result.partial:
         file = file.with_suffix(".partial.json")
     write_json(result, file)
+    write_report(run.path)
     return file
 
 

@@ -182,7 +182,7 @@ def _convert(request: "ConvertRequest", console: Console) -> bool:
         return True
     result, verification = outcome
     console.print(convert_report(result, verification))
-    _tell_where(request.out, console)
+    _finish(request.out, console)
     return verification.exact
 
 
@@ -193,13 +193,16 @@ def _convert_onnx(request: "OnnxRequest", console: Console) -> bool:
 
     result, verification = convert_onnx(request, observer_for(Console(stderr=True)))
     console.print(convert_report(result, verification))
-    _tell_where(request.out, console)
+    _finish(request.out, console)
     return verification.exact
 
 
-def _tell_where(out: Path, console: Console) -> None:
+def _finish(out: Path, console: Console) -> None:
+    from structconv_cli.html.page import write_report
+
+    write_report(out)
     console.print(
-        f"Wrote [bold]{out}[/] with structured.onnx. How much faster it is here: "
+        f"Wrote [bold]{out}[/] with structured.onnx and report.html. How much faster it is here: "
         "`structconv benchmark" + ("`." if out == Path("structconv-run") else f" {out}`."),
         highlight=False,
     )

@@ -1,10 +1,10 @@
 """`structconv inspect`."""
 
-import typer
 from rich.console import Console
 
 from structconv_cli import options
 from structconv_cli.commands.failures import failures
+from structconv_cli.commands.output import STANDARD_OUTPUT, check_outputs, put
 
 
 def inspect(
@@ -17,7 +17,7 @@ def inspect(
     threads: options.Threads = 1,
     batch_size: options.ImagesPerRun = 1,
     timings: options.Timings = None,
-    json: options.Json = False,
+    json: options.Json = None,
 ) -> None:
     """List a model's layers, their shapes and costs, and each one's share of the time.
 
@@ -37,6 +37,7 @@ def inspect(
         from structconv_cli.run_folder import RunFolder
         from structconv_cli.terminal import observer_for
 
+        check_outputs(json=json)
         observer = observer_for(Console(stderr=True))
         target = Target(device, threads, batch_size)
         architecture = Architecture(arch, parse_arguments(arch_arg or [])) if arch else None
@@ -48,7 +49,7 @@ def inspect(
             graph, notes = source.graph(shapes)
             feeds = example_inputs(graph, batch_size, shapes)
         result = inspect_graph(graph, target, feeds, timings or default_path(), observer)
-        if json:
-            typer.echo(to_json(result), nl=False)
-        else:
+        if json is not None:
+            put(to_json(result), json)
+        if json != STANDARD_OUTPUT:
             Console().print(inspect_report(result, notes))

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from structconv_cli import options
 from structconv_cli.commands.failures import CHECK_FAILED, failures
+from structconv_cli.commands.output import STANDARD_OUTPUT, check_outputs, put
 
 
 def lower(
@@ -24,7 +25,7 @@ def lower(
     batch_size: options.ImagesPerRun = 1,
     input_shape: options.InputShape = None,
     timings: options.Timings = None,
-    json: options.Json = False,
+    json: options.Json = None,
 ) -> None:
     """Write an ONNX model's structured layers in their fastest exact forms.
 
@@ -42,6 +43,7 @@ def lower(
         from structconv_cli.report.lowering import lower_report
         from structconv_cli.terminal import observer_for
 
+        check_outputs(json=json)
         target = Target(device, threads, batch_size)
         result = lower_file(
             model,
@@ -51,9 +53,9 @@ def lower(
             shapes=parse_shapes(input_shape or []),
             observer=observer_for(Console(stderr=True)),
         )
-        if json:
-            typer.echo(to_json(result), nl=False)
-        else:
+        if json is not None:
+            put(to_json(result), json)
+        if json != STANDARD_OUTPUT:
             Console().print(lower_report(result))
     if result.written is None:
         raise typer.Exit(CHECK_FAILED)

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from structconv_cli import options
 from structconv_cli.commands.failures import failures
+from structconv_cli.commands.output import STANDARD_OUTPUT, check_outputs, put
 from structconv_cli.commands.parsed import parse_data, parse_targets
 
 
@@ -37,7 +38,7 @@ def plan(
     threads: options.Threads = 1,
     batch_size: options.ImagesPerRun = 1,
     timings: options.Timings = None,
-    json: options.Json = False,
+    json: options.Json = None,
 ) -> None:
     """Choose each layer's structure by measured time and predicted loss; change nothing.
 
@@ -57,6 +58,7 @@ def plan(
         from structconv_cli.run_folder import model_file
         from structconv_cli.terminal import observer_for
 
+        check_outputs(json=json)
         shapes = parse_shapes(input_shape or [], only=INPUT)
         timings = timings or default_path()
         targets = parse_targets(
@@ -88,8 +90,9 @@ def plan(
             trust_pickle=trust_pickle,
         )
         proposal, notes = plan_model(request, observer_for(Console(stderr=True)))
-        if json:
-            typer.echo(to_json(proposal.prediction), nl=False)
+        if json is not None:
+            put(to_json(proposal.prediction), json)
+        if json == STANDARD_OUTPUT:
             return
         console, files = Console(), PlanFiles(out)
         console.print(plan_report(proposal.prediction, notes))

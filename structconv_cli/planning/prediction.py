@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from structconv_cli.cost import Cost
 from structconv_cli.planning.targets import Targets
@@ -73,6 +74,7 @@ class Prediction:
         environment: where it was timed.
         images: how many samples the loss was predicted from; 0 for none.
         notes: what the user should know, one sentence each.
+        schema: names this format and its version.
     """
 
     layers: tuple[PredictedLayer, ...]
@@ -89,6 +91,7 @@ class Prediction:
     environment: str
     images: int
     notes: tuple[str, ...] = ()
+    schema: Literal["structconv-prediction/1"] = "structconv-prediction/1"
 
     @property
     def speedup(self) -> float:

@@ -49,8 +49,10 @@ def draw_curve(prediction: Prediction, path: Path) -> None:
     axes.legend(frameon=False)
     figure.suptitle(prediction.environment, fontsize=8, color="#59636e", x=0.99, ha="right")
     beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    beside.unlink(missing_ok=True)
     try:
-        figure.savefig(beside, format="png")
+        with beside.open("xb") as file:
+            figure.savefig(file, format="png")
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
