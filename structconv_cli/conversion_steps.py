@@ -16,6 +16,7 @@ from structconv_cli.json_file import write_json
 from structconv_cli.onnx.file import save_onnx
 from structconv_cli.onnx.lower import Lowering, LoweringSettings, lower
 from structconv_cli.plan import Plan
+from structconv_cli.planning.targets import Targets
 from structconv_cli.progress import Observer
 from structconv_cli.run_folder import RunFolder
 from structconv_cli.tasks.choice import image_task
@@ -30,6 +31,7 @@ WITHOUT_DATA = (
     "the model was converted without data. Its accuracy is unmeasured: give --data to `structconv "
     "convert`, or judge structured.onnx yourself."
 )
+_MET = 1.005
 NOISE = 'The "real inputs" that the run folder keeps are noise, for lack of data.'
 UNLABELLED = (
     "The images have no labels, so accuracy is unmeasured; how far the outputs are from the "
@@ -73,6 +75,20 @@ def total_costs(layers: tuple[LayerOutcome, ...]) -> tuple[Cost, Cost]:
     pairs = [(layer.before, layer.after) for layer in layers if layer.before and layer.after]
     nothing = Cost(0, 0, 0)
     return sum((x for x, _ in pairs), nothing), sum((y for _, y in pairs), nothing)
+
+
+def target_notes(targets: Targets, before: Cost, after: Cost) -> list[str]:
+    """What to say where lowering left layers dense that the plan for these targets counts on."""
+    asked = (
+        (targets.macs, "MACs", after.multiplications / before.multiplications),
+        (targets.parameters, "parameters", after.parameters / before.parameters),
+    )
+    return [
+        f"{left:.3f} of the {what} are left where {wanted:g} was asked for: structured layers of "
+        "which no form is faster here were left dense (see the table)."
+        for wanted, what, left in asked
+        if wanted is not None and left > wanted * _MET
+    ]
 
 
 def run_files(folder: RunFolder, dense_weights: Path) -> dict[str, str]:

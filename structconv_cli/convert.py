@@ -20,6 +20,7 @@ from structconv_cli.conversion_steps import (
     comparison,
     lower_into,
     run_files,
+    target_notes,
     total_costs,
 )
 from structconv_cli.data.dataset import load_dataset
@@ -108,6 +109,7 @@ def convert(
                 *ready.notes,
                 *found.notes,
                 *_warnings(ready, tuning),
+                *target_notes(request.targets, before, after),
                 *(found.reconstruction.notes if found.reconstruction else ()),
             ),
             reconstruction=found.reconstruction,

@@ -19,6 +19,7 @@ from structconv_cli.conversion_steps import (
     comparison,
     lower_into,
     run_files,
+    target_notes,
     total_costs,
 )
 from structconv_cli.errors import PlanError
@@ -281,6 +282,12 @@ def _result(
         original_bytes=folder.original_onnx.stat().st_size,
         structured_bytes=folder.structured_onnx.stat().st_size,
         seconds=seconds,
-        notes=(*ready.notes, *found.record.notes, *found.notes, *warnings),
+        notes=(
+            *ready.notes,
+            *found.record.notes,
+            *found.notes,
+            *warnings,
+            *target_notes(request.targets, before, after),
+        ),
         reconstruction=found.record,
     )

@@ -86,7 +86,22 @@ def combinations(options: ModelOptions) -> Iterator[Combination]:
                 for layer in options.layers
             ]
             for taken in product(*fitting):
-                yield combined(options, taken, parts, halves)
+                if pays(options, taken, parts):
+                    yield combined(options, taken, parts, halves)
+
+
+def pays(options: ModelOptions, taken: tuple[Option, ...], parts: set[int]) -> bool:
+    """No structure makes its layer slower, and no unit in parts its readers together."""
+    added = {unit: options.unit_ms[unit] for unit in parts}
+    for layer, each in zip(options.layers, taken, strict=True):
+        more = each.ms - layer.options[0].ms
+        if each.source == "parts" and layer.unit is not None:
+            added[layer.unit] += more
+        elif each.source == each.sink == "whole" and more > 0:
+            return False
+    read = {layer.unit for layer in options.layers for each in layer.options
+            if each.source == "parts"}  # fmt: skip
+    return all(ms <= 1e-9 for unit, ms in added.items() if unit in read)
 
 
 def goes_with(layer: LayerOptions, each: Option, parts: set[int], halves: set[str]) -> bool:

@@ -9,9 +9,13 @@ channels of space s (our formulation).
                 sum_{o: source half} x_io = q_s,   s read by i    all readers drop, or none
                 sum_{o: sink half} x_io = q_s,     s made by i    and its makers make the rest
                 p_u + q_s <= 1,                    s in u
+                ms_io <= ms_i,                     o reads and makes whole tensors
+                sum_io (ms_io - ms_i) x_io + ms_u p_u <= 0,  o reads parts of u
                 sum_io ms_io x_io + sum_u ms_u p_u + sum_s ms_s q_s + fixed <= target
 
-or the same with MACs or parameters for ms, or with ms minimised and the loss bounded.
+or the same with MACs or parameters for ms, or with ms minimised and the loss bounded. The last two
+ties, ms_i being the dense layer's time, keep out what saves operations and costs time: lowering
+would leave such a layer dense.
 """
 
 from collections.abc import Sequence
@@ -94,6 +98,7 @@ class _Problem:
 
     def solve(self, objective: Quantity, limits: Sequence[tuple[Quantity, float]]) -> Choice | None:
         self._ties()
+        self._paying()
         for quantity, most in limits:
             values = self._values(quantity)
             fixed = _fixed(self.options, quantity)
@@ -126,6 +131,23 @@ class _Problem:
         for unit, spaces in enumerate(self.options.unit_spaces):
             for space in spaces & set(self.spaces):
                 self._row({self.first_unit + unit: 1.0, self._space(space): 1.0}, 0.0, 1.0)
+
+    def _paying(self) -> None:
+        """Structures that make nothing faster are not taken, whatever operations they save."""
+        slower: dict[int, float] = {}
+        units: list[dict[int, float]] = [{} for _ in self.options.unit_ms]
+        for number, layer in enumerate(self.options.layers):
+            dense = layer.options[0].ms
+            for place, option in enumerate(layer.options, start=int(self.starts[number])):
+                if option.source == "parts" and layer.unit is not None:
+                    units[layer.unit][place] = option.ms - dense
+                elif option.source == option.sink == "whole" and option.ms > dense:
+                    slower[place] = 1.0
+        if slower:
+            self._row(slower, 0.0, 0.0)
+        for unit, row in enumerate(units):
+            if row:
+                self._row({**row, self.first_unit + unit: self.options.unit_ms[unit]}, -np.inf, 0.0)
 
     def _tie(self, layer: LayerOptions, start: int, end: str, state: str, variable: int) -> None:
         row = {start + i: 1.0 for i, o in enumerate(layer.options) if getattr(o, end) == state}
