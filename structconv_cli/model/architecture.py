@@ -74,7 +74,7 @@ def build_model(architecture: Architecture) -> nn.Module:
 
     Raises:
         ArchitectureError: the reference is malformed, what it names is missing or not installed,
-            importing or calling it raises, or the result is not an initialised `torch.nn.Module`.
+            importing or calling it raises, or the result is no `torch.nn.Module`.
     """
     if architecture.reference.partition(":")[0] in LIBRARIES:
         refuse_weights(architecture.reference, architecture.arguments)
@@ -85,13 +85,6 @@ def build_model(architecture: Architecture) -> nn.Module:
         raise ArchitectureError(
             f"{where} returned a value of type {type(model).__name__}: it must return a "
             "torch.nn.Module."
-        )
-    lazy = [key for key, value in model.state_dict().items() if nn.parameter.is_lazy(value)]
-    if lazy:
-        raise ArchitectureError(
-            f"The model that {where} returned has uninitialised lazy parameters "
-            f"({lazy[0]} and {len(lazy) - 1} more): run it once on an example input inside the "
-            "factory before returning it."
         )
     return model
 

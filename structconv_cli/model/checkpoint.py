@@ -88,7 +88,11 @@ def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
     ]
     unexpected = [key for key in found if key not in expected]
     misshaped = [
-        key for key in found if key in expected and found[key].shape != expected[key].shape
+        key
+        for key in found
+        if key in expected
+        and not nn.parameter.is_lazy(expected[key])  # takes the shape of what it is given
+        and found[key].shape != expected[key].shape
     ]
     if missing or unexpected or misshaped:
         shapes = [

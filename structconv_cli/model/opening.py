@@ -15,12 +15,13 @@ from structconv_cli.model.checkpoint_kind import Kind, identify
 from structconv_cli.model.exported_archive import open_exported
 from structconv_cli.model.fitting import fit_arguments
 from structconv_cli.model.input_guess import program_shapes
-from structconv_cli.model.plain import Plain, plain, trainable
+from structconv_cli.model.plain import Plain, materialised, plain, trainable
 from structconv_cli.model.recognition.match import wrapper_prefixes
 from structconv_cli.model.recognition.recognise import recognise
 from structconv_cli.model.skeleton import shapes_of, skeleton
 from structconv_cli.progress import SILENT, Observer
 
+_LIBRARY_CLASSES = ("torchvision.", "timm.")
 _NAMED_UNDER = ("arch", "architecture", "model_name")
 
 
@@ -85,10 +86,13 @@ def open_model(
         return _unpickled(path)
     checkpoint = load_checkpoint(path)
     if architecture is None:
+        # A module's class says whether it is one of a library's: comparing with all takes minutes.
+        if checkpoint.classes and not checkpoint.classes[0].startswith(_LIBRARY_CLASSES):
+            raise refuse_pickled_module(path)
         try:
             found = recognise(checkpoint.tensors, observer, named_in(checkpoint))
         except ArchitectureError:
-            if kind in (Kind.MODULE, Kind.TORCHSCRIPT):
+            if checkpoint.classes:
                 raise refuse_pickled_module(path) from None
             raise
         checkpoint = without_prefix(checkpoint, found.prefix)
@@ -97,6 +101,7 @@ def open_model(
         checkpoint, architecture, notes = _fitted(checkpoint, architecture)
     model = build_model(architecture)
     load_into(model, checkpoint)
+    materialised(model)
     return Opened(model.float().eval(), checkpoint, architecture, (*checkpoint.notes, *notes))
 
 

@@ -34,12 +34,15 @@ def skeleton(architecture: Architecture) -> nn.Module:
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
     """The shapes of a state_dict, in its order.
 
-    The counters of batch-norms, which old files lack, are left out.
+    The counters of batch-norms, which old files lack, are left out; so are lazy parameters, which
+    have none yet.
     """
     return {
         name: tuple(value.shape)
         for name, value in tensors.items()
-        if isinstance(value, Tensor) and not name.endswith("num_batches_tracked")
+        if isinstance(value, Tensor)
+        and not nn.parameter.is_lazy(value)
+        and not name.endswith("num_batches_tracked")
     }
 
 
