@@ -1,5 +1,5 @@
 """What a person sees while work goes on: on a terminal stages with ticks, steps with a bar and the
-time left; in a log file a line for each stage, and for what is new in a long one."""
+time left; in a log file a line now and then."""
 
 import time
 from collections.abc import Iterator
@@ -67,7 +67,7 @@ class TerminalObserver(Observer):
 
 
 class LogObserver(Observer):
-    """Writes a line for each stage that is done, and for notes of stages that take long."""
+    """Writes a line now and then: what was done last, and what came of it."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -75,30 +75,30 @@ class LogObserver(Observer):
 
     @contextmanager
     def stage(self, title: str) -> Iterator[None]:
-        """Say how long the stage took and what came of it, or that it failed."""
+        """Say how long the stage took and what came of it, if nothing was said for a while."""
         around, self._title, self._note = self._title, title, ""
-        start, done = time.perf_counter(), "failed"
+        start = time.perf_counter()
         try:
             yield
-            done = "done"
+            self._tell(f"done after {time.perf_counter() - start:.1f} s")
         finally:
-            self._write(title, f"{done} after {time.perf_counter() - start:.1f} s")
             self._title, self._note = around, ""
 
     def note(self, text: str) -> None:
         """Keep it for the end of the stage; say it now if nothing was said for a while."""
         self._note = text
-        if time.perf_counter() - self._last > _SILENCE:
-            self._write(self._title, "")
+        self._tell("")
 
-    def _write(self, title: str, what: str) -> None:
-        line = f"{title}: " + "; ".join(part for part in (what, self._note) if part)
+    def _tell(self, what: str) -> None:
+        if time.perf_counter() - self._last < _SILENCE:
+            return
+        line = f"{self._title}: " + "; ".join(part for part in (what, self._note) if part)
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
         self._last = time.perf_counter()
 
 
 _SILENCE = 20.0
-"""Seconds after which a log says what is new before the stage is done."""
+"""Seconds of silence after which a log gets a line: short work leaves none."""
 
 
 def observer_for(console: Console) -> Observer:

@@ -189,8 +189,6 @@ def test_the_table_fits_a_terminal_and_gives_totals(tmp_path: Path) -> None:
     ("words", "told"),
     [
         (("missing.onnx",), "missing.onnx"),
-        (("tiny.pt",), "--arch FILE.py:FACTORY"),
-        (("tiny.pt", "--arch", "tiny.py:tiny"), "--input-shape 1x3x224x224"),
         (("tiny.pt", "--arch", "tiny.py:tiny", "--input-shape", "1x3x8x8"), "channels"),
         (("tiny.pt", "--arch", "tiny.py:none", "--input-shape", "1x1x8x8"), "none"),
         (("open.onnx",), "--input-shape x=1x3x224x224"),

@@ -690,12 +690,13 @@ def test_models_that_cannot_be_planned(
 
 
 def test_checkpoints_that_cannot_be_planned(place: Place, tmp_path: Path) -> None:
-    weights, out = place.checkpoint[0], tmp_path / "p.json"
-    assert_refused(plan(place, out, model=weights), tmp_path, "--arch FILE.py:FACTORY")
-    words = [f"--arch={place.folder}/model.py:build"]
-    assert_refused(plan(place, out, *words, model=weights), tmp_path, "--input-shape 1x3x224x224")
-    words = [f"--arch={place.folder}/model.py:linear_only", *place.data]
-    assert_refused(plan(place, out, *words, model=weights), tmp_path, "no convolution")
+    weights, out = tmp_path / "linear.pt", tmp_path / "p.json"
+    torch.save({"1.weight": torch.zeros(3, 144), "1.bias": torch.zeros(3)}, weights)
+    words = [f"--arch={place.folder}/model.py:linear_only"]
+    result = plan(place, out, *words, *place.data, model=weights)
+    assert_refused(result, tmp_path, "no convolution", left=["linear.pt"])
+    result = plan(place, out, *words, model=weights)
+    assert_refused(result, tmp_path, "Give their size", left=["linear.pt"])
 
 
 def test_places_that_cannot_be_written(place: Place, first: Path, tmp_path: Path) -> None:

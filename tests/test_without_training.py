@@ -68,7 +68,6 @@ def test_the_file_takes_any_batch(tiny: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ([], "--input-shape 1x3x224x224, or --data"),
         ([SHAPE, "--data={tiny}/data.npz"], "the model has the size of its data"),
         ([SHAPE, "--size=8"], "--augment are for --data"),
         ([SHAPE, "--max-drop=1"], "not judged by labels"),

@@ -87,17 +87,20 @@ def convert(
         from structconv_cli.model_graph import is_onnx
         from structconv_cli.run_folder import model_file
 
-        checkpoint = model_file(checkpoint)
-        onnx = is_onnx(checkpoint)
         if data is None and (size or mean or std or val_split or augment):
             raise typer.BadParameter(
                 "--size, --mean, --std, --val-split and --augment are for --data."
             )
+        spec = None
+        if data is not None:
+            spec = parse_data(data, size, mean, std, val_split, seed, ignore_label, workers)
+        kinds = parse_augmentation(augment or "crop")
+        tuning = recipe_of(recipe, epochs, no_finetune, sr_epochs, seed)
+        checkpoint = model_file(checkpoint)
+        onnx = is_onnx(checkpoint)
         wish = Wish(
             model=checkpoint,
-            data=None
-            if data is None
-            else parse_data(data, size, mean, std, val_split, seed, ignore_label, workers),
+            data=spec,
             shapes=parse_shapes(input_shape or [], only="" if onnx else INPUT),
             out=out,
             force=force,
@@ -113,7 +116,6 @@ def convert(
             timings=timings,
             seed=seed,
         )
-        tuning = recipe_of(recipe, epochs, no_finetune, sr_epochs, seed)
         if onnx:
             for_checkpoints = {
                 "--arch": arch,
@@ -141,7 +143,7 @@ def convert(
                     learning_rate=lr,
                     sr_lambda=sr_lambda,
                     distillation=distill,
-                    augment=parse_augmentation(augment or "crop"),
+                    augment=kinds,
                 ),
                 parse_hardware(train_device, precision, channels_last, compile),
                 resume,
