@@ -14,9 +14,8 @@ import jsonschema
 import numpy as np
 import onnx
 import pytest
-from click.testing import Result
 from onnx import TensorProto, helper, numpy_helper
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from structconv_cli.benchmarking.layers import compare_layers, layer_owners
 from structconv_cli.benchmarking.result import BenchmarkResult

@@ -343,6 +343,9 @@ def test_options_that_need_a_checkpoint_are_refused(place: Path, words: list[str
     reason="all of the installed libraries' architectures would be built, which takes minutes",
 )
 @pytest.mark.parametrize("command", ["convert", "plan", "inspect"])
-def test_a_checkpoint_of_no_known_architecture_needs_to_be_told(command: str, tiny: Path) -> None:
-    words = ["--data", "digits"] if command == "convert" else []
+def test_a_checkpoint_of_no_known_architecture_needs_to_be_told(
+    command: str, tiny: Path, tmp_path: Path
+) -> None:
+    words = ["--out", tmp_path / "out"] if command != "inspect" else []
+    words += ["--data", "digits"] if command == "convert" else []
     assert_error(run(command, tiny / "tiny.pt", *words), "--arch: FILE.py:FACTORY")

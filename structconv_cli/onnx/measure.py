@@ -31,9 +31,10 @@ _RUN_MS = 1500.0
 """Time that the profiled runs of one alternative fill, about."""
 _LEAST_RUNS, _MOST_RUNS = 8, 60
 _ROUNDS = 12
-_TELLING, _NOISE = 0.05, 1.1
-"""Share of the model that tells how fast the machine is now, and the ratio that is more than noise:
-neighbours alone change a node's time by some percent."""
+_TELLING, _LEAST_MS, _NOISE = 0.05, 0.1, 1.1
+"""Share of the model, and time, that tells how fast the machine is now (the profiler counts whole
+microseconds); and the ratio that is more than noise: neighbours change a node's time by some
+percent."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,7 +168,7 @@ def slowdown(before: Mapping[str, float | None], now: Mapping[str, float]) -> fl
     """
     pairs = [(ms, now[name]) for name, ms in before.items() if ms and now.get(name)]
     then, since = (sum(side) for side in zip(*pairs, strict=True)) if pairs else (0.0, 0.0)
-    if since <= _TELLING * sum(now.values()):
+    if since < _LEAST_MS or since <= _TELLING * sum(now.values()):
         return 1.0
     ratio = since / then
     return ratio if max(ratio, 1 / ratio) > _NOISE else 1.0

@@ -14,8 +14,8 @@ channels of space s (our formulation).
                 sum_io ms_io x_io + sum_u ms_u p_u + sum_s ms_s q_s + fixed <= target
 
 or the same with MACs or parameters for ms, or with ms minimised and the loss bounded. The last two
-ties, ms_i being the dense layer's time, keep out what saves operations and costs time: lowering
-would leave such a layer dense.
+ties, ms_i being the dense layer's time, are put if asked for: they keep out what saves operations
+and costs time, which lowering would leave dense.
 """
 
 from collections.abc import Sequence
@@ -68,7 +68,11 @@ class Choice:
 
 
 def choose(
-    options: ModelOptions, objective: Quantity, limits: Sequence[tuple[Quantity, float]]
+    options: ModelOptions,
+    objective: Quantity,
+    limits: Sequence[tuple[Quantity, float]],
+    *,
+    paying: bool = False,
 ) -> Choice | None:
     """The choice with the least of one quantity, within limits on others; None if there is none.
 
@@ -76,8 +80,9 @@ def choose(
         options: what there is to choose from.
         objective: what to minimise.
         limits: the most of each quantity: ms, MACs for one image, parameters, or loss.
+        paying: whether structures that make nothing faster are left out.
     """
-    return _Problem(options).solve(objective, limits)
+    return _Problem(options).solve(objective, limits, paying=paying)
 
 
 class _Problem:
@@ -96,9 +101,12 @@ class _Problem:
         self.low: list[float] = []
         self.high: list[float] = []
 
-    def solve(self, objective: Quantity, limits: Sequence[tuple[Quantity, float]]) -> Choice | None:
+    def solve(
+        self, objective: Quantity, limits: Sequence[tuple[Quantity, float]], *, paying: bool
+    ) -> Choice | None:
         self._ties()
-        self._paying()
+        if paying:
+            self._paying()
         for quantity, most in limits:
             values = self._values(quantity)
             fixed = _fixed(self.options, quantity)

@@ -41,7 +41,11 @@ def solve(
     limits = _limits(options, targets, clock, correction)
     if limits:
         bounded = [*limits, ("loss", most_loss)] if most_loss is not None else limits
-        found = choose(options, "loss", _numbers(bounded))
+        found = None
+        if targets.macs is not None or targets.parameters is not None:
+            # What saves operations and costs time is taken only where nothing else saves enough.
+            found = choose(options, "loss", _numbers(bounded), paying=True)
+        found = found or choose(options, "loss", _numbers(bounded))
     else:
         found = choose(options, "ms", [("loss", most_loss)] if most_loss is not None else [])
     if found is not None:
