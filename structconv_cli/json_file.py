@@ -1,12 +1,12 @@
 """Dataclasses as JSON files: written beside and renamed, validated when read."""
 
-import os
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from structconv_cli.errors import RunFolderError
+from structconv_cli.whole_file import write_whole
 
 T = TypeVar("T")
 
@@ -26,16 +26,7 @@ def from_json(text: str | bytes, kind: type[T]) -> T:
 
 def write_json(value: object, path: Path) -> None:
     """Write a dataclass as JSON; the file appears whole or not at all, and links are replaced."""
-    # A name of its own: another process may be writing the same file.
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    beside.unlink(missing_ok=True)
-    try:
-        # A new file only: what someone else put there, such as a link, is not written through.
-        with beside.open("xb") as file:
-            file.write(to_json(value))
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_whole(to_json(value), path)
 
 
 def read_json(path: Path, kind: type[T]) -> T:

@@ -1,7 +1,7 @@
 """The user's images in a benchmark: what models run on, are calibrated on, and are judged by."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +11,15 @@ import torch
 
 from structconv_cli.benchmarking.result import Quality
 from structconv_cli.data.dataset import Dataset, load_dataset
+from structconv_cli.data.hold_out import load_or_hold_out
 from structconv_cli.data.spec import DataSpec
-from structconv_cli.errors import BenchmarkError, NoValidationError, TaskError
+from structconv_cli.errors import BenchmarkError, TaskError
 from structconv_cli.graph_module import ScoresModule
 from structconv_cli.onnx.file import load_onnx
 from structconv_cli.onnx.graph import Graph
 from structconv_cli.tasks.choice import image_task
 from structconv_cli.tasks.classification import Classification
 from structconv_cli.tasks.segmentation import Segmentation
-
-_VAL_SPLIT = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,11 +86,7 @@ def load_images(
     def load(spec: DataSpec) -> Dataset:
         return load_dataset(spec, channels=channels, progress=progress, need_labels=False)
 
-    try:
-        data = load(spec)
-    except NoValidationError:
-        spec = replace(spec, val_split=_VAL_SPLIT)
-        data = load(spec)
+    spec, data, _ = load_or_hold_out(spec, load)
     found = data.val.image_shape[1:]
     if any(size not in (None, have) for size, have in zip(sizes, found, strict=True)):
         wanted = "x".join("?" if size is None else str(size) for size in sizes)

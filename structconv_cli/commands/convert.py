@@ -79,7 +79,6 @@ def convert(
             checkpoint_request,
             onnx_request,
             recipe_of,
-            with_changes,
         )
         from structconv_cli.commands.shapes import parse_shapes
         from structconv_cli.model.architecture import Architecture, parse_arguments
@@ -94,8 +93,19 @@ def convert(
         spec = None
         if data is not None:
             spec = parse_data(data, size, mean, std, val_split, seed, ignore_label, workers)
-        kinds = parse_augmentation(augment or "crop")
-        tuning = recipe_of(recipe, epochs, no_finetune, sr_epochs, seed)
+        tuning = recipe_of(
+            recipe,
+            epochs,
+            no_finetune,
+            sr_epochs,
+            batch_size=batch_size,
+            accumulate=accumulate,
+            learning_rate=lr,
+            sr_lambda=sr_lambda,
+            distillation=distill,
+            augment=parse_augmentation(augment or "crop"),
+            seed=seed,
+        )
         checkpoint = model_file(checkpoint)
         onnx = is_onnx(checkpoint)
         wish = Wish(
@@ -136,15 +146,7 @@ def convert(
                 wish,
                 Architecture(arch, parse_arguments(arch_arg or [])) if arch else None,
                 task,
-                with_changes(
-                    tuning,
-                    batch_size=batch_size,
-                    accumulate=accumulate,
-                    learning_rate=lr,
-                    sr_lambda=sr_lambda,
-                    distillation=distill,
-                    augment=kinds,
-                ),
+                tuning,
                 parse_hardware(train_device, precision, channels_last, compile),
                 resume,
                 stop_at_drop,

@@ -1,11 +1,11 @@
 """Where a command's result goes: standard output, or a file that appears whole or not at all."""
 
-import os
 from pathlib import Path
 
 import typer
 
 from structconv_cli.errors import StructconvError
+from structconv_cli.whole_file import write_whole
 
 STANDARD_OUTPUT = "-"
 
@@ -43,10 +43,4 @@ def put(content: bytes, where: str) -> None:
     if where == STANDARD_OUTPUT:
         typer.echo(content, nl=False)
         return
-    path = Path(where)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        beside.write_bytes(content)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_whole(content, Path(where))

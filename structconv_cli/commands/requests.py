@@ -3,8 +3,9 @@
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -164,9 +165,9 @@ def checkpoint_request(
 
 
 def recipe_of(
-    name: str, epochs: int | None, no_finetune: bool, sr_epochs: float | None, seed: int
+    name: str, epochs: int | None, no_finetune: bool, sr_epochs: float | None, **changes: Any
 ) -> Recipe:
-    """How to fine-tune, as far as the options hang together.
+    """How to fine-tune; `changes` are the recipe's other fields, None where nothing was said.
 
     Raises:
         typer.BadParameter: they do not, or there is no such recipe.
@@ -178,13 +179,7 @@ def recipe_of(
     count = 0 if no_finetune else DEFAULT_EPOCHS if epochs is None else epochs
     if sr_epochs is not None and sr_epochs > count:
         raise typer.BadParameter(f"--sr-epochs {sr_epochs:g} is more than --epochs {count}.")
-    return named_recipe(name, count, regularised=sr_epochs, seed=seed)
-
-
-def with_changes(recipe: Recipe, **changes: object) -> Recipe:
-    """A recipe with changes; those that are None are none."""
-    given = {name: value for name, value in changes.items() if value is not None}
-    return replace(recipe, **given)  # type: ignore[arg-type]
+    return named_recipe(name, count, regularised=sr_epochs, **changes)
 
 
 def _check_data(wish: Wish, task: Path | None, trained: bool) -> None:

@@ -2,7 +2,6 @@
 
 import builtins
 import keyword
-import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from structconv_cli.report.text import count
 from structconv_cli.timing.model_timing import ModelTiming
 from structconv_cli.timing.setting_result import SettingResult
 from structconv_cli.timing.speedup import Speedup
+from structconv_cli.whole_file import write_whole
 
 REPORT = "report.html"
 _LARGEST = 10
@@ -70,13 +70,7 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
         raise RunFolderError(
             f"the folder {target.absolute().parent} of the report {target} does not exist. Make it."
         )
-    page = render_page(read_results(folder))
-    beside = target.with_name(f"{target.name}.{os.getpid()}.part")
-    try:
-        beside.write_text(page, encoding="utf-8")
-        beside.replace(target)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_whole(render_page(read_results(folder)).encode(), target)
     return target
 
 

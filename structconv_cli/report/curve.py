@@ -1,12 +1,13 @@
 """The trade-off between loss and latency as a picture."""
 
-import os
+import io
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from structconv_cli.planning.prediction import Prediction
+from structconv_cli.whole_file import write_whole
 
 _INK, _LINE, _CHOSEN = "#1f2328", "#0969da", "#bc4c00"
 
@@ -48,11 +49,6 @@ def draw_curve(prediction: Prediction, path: Path) -> None:
     axes.set_axisbelow(True)
     axes.legend(frameon=False)
     figure.suptitle(prediction.environment, fontsize=8, color="#59636e", x=0.99, ha="right")
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    beside.unlink(missing_ok=True)
-    try:
-        with beside.open("xb") as file:
-            figure.savefig(file, format="png")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    write_whole(picture.getvalue(), path)

@@ -1,7 +1,6 @@
 """The descriptions of many architectures, kept in a file: building them takes minutes."""
 
 import contextlib
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from structconv_cli.model.architecture import Architecture, Argument
 from structconv_cli.model.recognition.description import Description
 from structconv_cli.model.skeleton import Shape
+from structconv_cli.whole_file import write_whole
 
 FORMAT = 1
 
@@ -74,14 +74,9 @@ def write_index(entries: Iterable[Entry], environment: str, path: Path) -> None:
             )
         )
     file = _File(FORMAT, environment, list(names), list(shapes), rows)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            beside.write_bytes(TypeAdapter(_File).dump_json(file))
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
+        write_whole(TypeAdapter(_File).dump_json(file), path)
 
 
 def read_index(environment: str, path: Path) -> list[Entry]:
