@@ -147,7 +147,7 @@ def test_old_files_without_counters(nets: Path):
     found = recognise(
         old,
         known=of(Architecture(f"{nets}:plain"), Architecture(f"{nets}:strided")),
-        named="strided",
+        names=["strided"],
     )
     assert found.architecture.reference == f"{nets}:strided"
 
@@ -175,10 +175,13 @@ def test_equal_tensors_with_another_computation_are_asked_about(nets: Path, othe
     assert f"{nets}:{other} (num_classes=4)" in message
     assert "--arch" in message
     assert len(raised.value.classes) == 2
-    # The file's own word decides; another word does not.
-    assert recognise(tensors, named=other, known=known).architecture.reference.endswith(other)
+    # What the file says, or is called, decides; other words do not.
+    for names in ([other], ["model.pt", f"{other}-f37072fd.pth"], [f"{other}.tag", "plain.pt"]):
+        found = recognise(tensors, names=names, known=known)
+        assert found.architecture.reference.endswith(f":{other}")
+        assert "tells of" in found.note
     with pytest.raises(AmbiguousArchitectureError):
-        recognise(tensors, named="resnet18", known=known)
+        recognise(tensors, names=["resnet18", f"{other}_v2.pt", f"my-{other}.pt"], known=known)
 
 
 def test_a_last_bias_does_not_drown_what_differs(nets: Path):
@@ -353,7 +356,7 @@ def test_padding_as_in_tensorflow_is_asked_about():
         recognise(tensors, known=of(*lite))
     named = [[replace(member, arguments={}) for member in each] for each in raised.value.classes]
     assert named == [[lite[0]], [lite[1]]]
-    found = recognise(tensors, named="tf_efficientnet_lite0.in1k", known=of(*lite))
+    found = recognise(tensors, names=["tf_efficientnet_lite0.in1k"], known=of(*lite))
     assert found.architecture == Architecture(lite[1].reference, {"num_classes": 5})
 
 

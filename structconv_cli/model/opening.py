@@ -90,7 +90,8 @@ def open_model(
         if checkpoint.classes and not checkpoint.classes[0].startswith(_LIBRARY_CLASSES):
             raise refuse_pickled_module(path)
         try:
-            found = recognise(checkpoint.tensors, observer, named_in(checkpoint))
+            names = (*named_in(checkpoint), path.name)
+            found = recognise(checkpoint.tensors, observer, names)
         except ArchitectureError:
             if checkpoint.classes:
                 raise refuse_pickled_module(path) from None
@@ -128,12 +129,10 @@ def _unpickled(path: Path) -> Opened:
     return Opened(model.float().eval(), checkpoint, None, (note,))
 
 
-def named_in(checkpoint: Checkpoint) -> str | None:
+def named_in(checkpoint: Checkpoint) -> tuple[str, ...]:
     """What a checkpoint says that its architecture is called: timm's training writes `arch`."""
-    for key in _NAMED_UNDER:
-        if isinstance(name := checkpoint.container.get(key), str):
-            return name
-    return None
+    found = (checkpoint.container.get(key) for key in _NAMED_UNDER)
+    return tuple(name for name in found if isinstance(name, str))
 
 
 def without_prefix(checkpoint: Checkpoint, prefix: str) -> Checkpoint:

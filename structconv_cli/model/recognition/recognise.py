@@ -1,5 +1,6 @@
 """Finding the architecture of a checkpoint from its tensors alone."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -61,7 +62,7 @@ class Recognised:
 def recognise(
     tensors: Mapping[str, Tensor],
     observer: Observer = SILENT,
-    named: str | None = None,
+    names: Sequence[str] = (),
     known: Callable[[Observer], Sequence[Entry]] = installed_entries,
 ) -> Recognised:
     """Find the one architecture whose tensors have the names and shapes of a checkpoint's.
@@ -72,8 +73,8 @@ def recognise(
     Args:
         tensors: a state_dict.
         observer: sees the index being made.
-        named: what the file itself says that its architecture is called; decides where several fit
-            that compute different things.
+        names: what the file says that its architecture is called, and what the file is called, the
+            more telling first; they decide where several fit that compute different things.
         known: gives the architectures to compare with besides the sample models.
 
     Raises:
@@ -99,10 +100,10 @@ def recognise(
         str(group[0].architecture): [fit.architecture for fit in group]
         for group in by_structure.values()
     }
-    chosen = _choose(
-        [[one for first in each for one in same[str(first)]] for each in classes], named
+    chosen, name = _choose(
+        [[one for first in each for one in same[str(first)]] for each in classes], names
     )
-    return _recognised(chosen, prefix)
+    return _recognised(chosen, prefix, name)
 
 
 def _fits(shapes: Mapping[str, Shape], entries: Sequence[Entry]) -> tuple[str, list[Fit]]:
@@ -129,23 +130,24 @@ def _really_fits(architecture: Architecture, shapes: Mapping[str, Shape]) -> boo
         return False
 
 
-def _choose(classes: Sequence[Sequence[Architecture]], named: str | None) -> Sequence[Architecture]:
-    """The class that is left, or that the file itself names.
+def _choose(
+    classes: Sequence[Sequence[Architecture]], names: Sequence[str]
+) -> tuple[Sequence[Architecture], str]:
+    """The class that is left, or the one that a name tells of, with that name.
 
     Raises:
-        AmbiguousArchitectureError: the file names none of them, or more than one.
+        AmbiguousArchitectureError: no name tells of one of them alone.
     """
     if len(classes) == 1:
-        return classes[0]
-    if named:
-        plain = named.partition(".")[0]
+        return classes[0], ""
+    for name in names:
         telling = [
             each
             for each in classes
-            if any(one.reference.partition(":")[2] == plain for one in each)
+            if any(_tells_of(name, one.reference.partition(":")[2]) for one in each)
         ]
         if len(telling) == 1:
-            return telling[0]
+            return telling[0], name
     lines = ", or ".join(_any_of(each) for each in classes[:_MOST_SHOWN])
     raise AmbiguousArchitectureError(
         f"Several architectures have tensors of the file's names and shapes, and compute different "
@@ -156,16 +158,26 @@ def _choose(classes: Sequence[Sequence[Architecture]], named: str | None) -> Seq
     )
 
 
+def _tells_of(name: str, architecture: str) -> bool:
+    """Whether a name is an architecture's: resnet18, resnet18.a1_in1k, resnet18-f37072fd.pth.
+
+    What an underscore adds may well be another architecture, and tells of none.
+    """
+    return re.fullmatch(re.escape(architecture) + r"([.-].*)?", name) is not None
+
+
 def _any_of(group: Sequence[Architecture]) -> str:
     others = [str(one) for one in group[1:_MOST_SHOWN]]
     return f"{group[0]} (same as {', '.join(others)})" if others else str(group[0])
 
 
-def _recognised(group: Sequence[Architecture], prefix: str) -> Recognised:
+def _recognised(group: Sequence[Architecture], prefix: str, name: str) -> Recognised:
     architecture, others = group[0], tuple(group[1:])
     note = f"recognised as {architecture} by the names and shapes of the tensors"
     if prefix:
         note += f", behind {prefix!r}"
+    if name:
+        note += f"; of several that fit, the one that the name {name!r} tells of"
     if others:
         shown = ", ".join(str(one) for one in others[:_MOST_SHOWN])
         more = f" and {len(others) - _MOST_SHOWN} more" if len(others) > _MOST_SHOWN else ""
