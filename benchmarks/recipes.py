@@ -52,6 +52,8 @@ RECIPES: Mapping[str, dict[str, Any]] = {
     "proximal": {"regularised": 1 / 3, "residual": "proximal", "sr_lambda": 2.0},
     "third": {"regularised": 1 / 3},
     "tenth": {"regularised": 0.1},
+    "tenth-hints": {"regularised": 0.1, "hints": 1.0},
+    "tenth-hints-d0": {"regularised": 0.1, "hints": 1.0, "distillation": 0.0},
     "tenth-l1": {"regularised": 0.1, "sr_lambda": 1.0},
     "subspace": {},
     "subspace-labels": {"distillation": 0.0},

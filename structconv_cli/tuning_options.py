@@ -108,6 +108,15 @@ Distill = Annotated[
         "labels. Use 0 if the original is poor on this data.",
     ),
 ]
+Hints = Annotated[
+    float | None,
+    typer.Option(
+        rich_help_panel="Fine-tuning",
+        min=0,
+        help="Weight of the distance between what blocks put out and what the original's do, "
+        "added to the loss. By default 0.",
+    ),
+]
 BatchSize = Annotated[
     int,
     typer.Option(

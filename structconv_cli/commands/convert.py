@@ -46,6 +46,7 @@ def convert(
     sr_lambda: tuning_options.SrLambda = None,
     recipe: tuning_options.RecipeName = "default",
     distill: tuning_options.Distill = None,
+    hints: tuning_options.Hints = None,
     batch_size: tuning_options.BatchSize = 64,
     accumulate: tuning_options.Accumulate = 1,
     lr: tuning_options.LearningRate = None,
@@ -103,6 +104,7 @@ def convert(
             learning_rate=lr,
             sr_lambda=sr_lambda,
             distillation=distill,
+            hints=hints,
             augment=parse_augmentation(augment or "crop"),
             seed=seed,
         )
@@ -137,6 +139,7 @@ def convert(
                 "--sr-epochs": sr_epochs,
                 "--sr-lambda": sr_lambda,
                 "--distill": distill,
+                "--hints": hints,
                 "--lr": lr,
                 "--stop-at-drop": stop_at_drop,
             }

@@ -67,7 +67,10 @@ def finetune(
     tuned, hardware = copy.deepcopy(model), hardware or Hardware()
     with torch.random.fork_rng():
         training = Training(tuned, structures, task, recipe, hardware, world, observer, teacher)
-        _train(training, keeper, enough)
+        try:
+            _train(training, keeper, enough)
+        finally:
+            training.close()
     result = FineTuneResult(recipe, task.metric, tuple(training.stages), tuple(training.epochs))
     return hardware.bring_back(tuned).eval(), result
 

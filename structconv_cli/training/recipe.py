@@ -45,6 +45,7 @@ class Recipe:
     learning_rate: float = 0.02
     weight_decay: float = 5e-4
     distillation: float = 0.5
+    hints: float = 0.0
     averaging: float = 0.0
     augment: tuple[str, ...] = ()
     seed: int = 0

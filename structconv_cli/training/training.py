@@ -21,6 +21,7 @@ from structconv_cli.rewrite import project_weights, residuals, structured_parame
 from structconv_cli.structure import Structure
 from structconv_cli.tasks.task import Batch, Evaluation, Task
 from structconv_cli.training.descent import Descent
+from structconv_cli.training.features import Features
 from structconv_cli.training.hardware import Hardware
 from structconv_cli.training.recipe import Recipe
 from structconv_cli.training.record import EpochResult, StageResult
@@ -60,7 +61,7 @@ class Training:
         self.schedule = Schedule(recipe, max(1, task.steps // recipe.accumulate))
         self.descent = Descent(structured_parameters(model, structures), self.schedule)
         self.teacher = None
-        if recipe.distillation and recipe.epochs:
+        if (recipe.distillation or recipe.hints) and recipe.epochs:
             self.teacher = hardware.place(teacher or copy.deepcopy(model)).eval()
         self.epoch = self.step = 0
         self.seconds = 0.0
@@ -76,6 +77,10 @@ class Training:
                     model,
                     multi_avg_fn=get_ema_multi_avg_fn(recipe.averaging),  # type: ignore[no-untyped-call]
                 )
+            # Behind all copies of the model, which would take hooks with them.
+            self._features = None
+            if recipe.hints and self.teacher is not None:
+                self._features = Features(model, self.teacher, structures)
             self._runner: nn.Module = torch.compile(model) if hardware.compiled else model  # type: ignore[assignment]
 
     # Stages -----------------------------------------------------------------------------------
@@ -129,6 +134,11 @@ class Training:
                     parameter.copy_(average)
         self.project()
         self.reestimate()
+
+    def close(self) -> None:
+        """Leave nothing of the training on the models."""
+        if self.recipe.epochs and self._features is not None:
+            self._features.close()
 
     @property
     def phase(self) -> str:
@@ -192,8 +202,9 @@ class Training:
                 self._runner = DistributedDataParallel(self._runner, find_unused_parameters=unused)
             self._set_training()
         waits = isinstance(self._runner, DistributedDataParallel) and not last
+        watched = nullcontext() if self._features is None else self._features.watched()
         with reached(), self._runner.no_sync() if waits else nullcontext():  # type: ignore[operator]
-            with self.hardware.compiling(), self.hardware.autocast():
+            with self.hardware.compiling(), self.hardware.autocast(), watched:
                 outputs = self.task.forward(self._runner, batch)
                 loss = self._loss(outputs, batch)
             (loss / self.recipe.accumulate).backward()  # type: ignore[no-untyped-call]
@@ -214,7 +225,11 @@ class Training:
             return loss
         with torch.no_grad():
             taught = self.task.forward(self.teacher, batch)
-        return (1 - share) * loss + share * self.task.distillation(outputs, taught, batch)
+        if share:
+            loss = (1 - share) * loss + share * self.task.distillation(outputs, taught, batch)
+        if self._features is not None:
+            loss = loss + self.recipe.hints * self._features.distance()
+        return loss
 
     def _change_weights(self) -> None:
         rate = self.schedule.learning_rate(self.step)
