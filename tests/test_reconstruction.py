@@ -13,12 +13,12 @@ from onnx import helper, numpy_helper
 from torch import nn
 from torch.nn import functional
 
-from structconv_cli.errors import PlanError
+from structconv_cli.errors import OnnxError, PlanError
 from structconv_cli.json_file import read_json, write_json
 from structconv_cli.onnx.export import export_onnx
 from structconv_cli.onnx.probe import run_fed, session
 from structconv_cli.onnx.structured_node import ROUNDING
-from structconv_cli.reconstruction import sequential, subspace
+from structconv_cli.reconstruction import asymmetric, subspace
 from structconv_cli.reconstruction.apply import (
     apply_to_graph,
     apply_to_module,
@@ -41,7 +41,7 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """All patches, and no ridge."""
     monkeypatch.setattr(subspace, "_MOST_SHRINKAGE", 1e-14)
     monkeypatch.setattr(subspace, "_LEAST_RIDGE", 1e-14)
-    monkeypatch.setattr(sequential, "_LEAST_PATCHES", 10**9)
+    monkeypatch.setattr(asymmetric, "_LEAST_PATCHES", 10**9)
 
 
 def images(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
@@ -345,9 +345,7 @@ def test_a_weight_of_two_nodes_serves_both() -> None:
     assert len(found.record.layers) == 1
 
 
-def test_a_layer_that_cannot_be_fitted_is_projected_and_told(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_layer_that_cannot_be_fitted_is_projected_and_told() -> None:
     rng = np.random.default_rng(0)
     weights = {f"{name}.weight": rng.standard_normal((6, 6)) for name in "ab"}
     nodes = [
@@ -360,8 +358,62 @@ def test_a_layer_that_cannot_be_fitted_is_projected_and_told(
     found = reconstruct(graph, structures, samples)
     assert [layer.method for layer in found.record.layers] == ["projection", "least squares"]
     assert "Layer a was projected, not fitted: its node scales" in found.notes[0]
-    monkeypatch.setattr(sequential, "MOST_NUMBERS", 99)
-    assert "its moments would hold 100 numbers" in reconstruct(graph, structures, samples).notes[1]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rescale", [True, False])
+@pytest.mark.parametrize("reduced", [(5,), (2, 2, 2)])
+def test_the_dual_is_the_same_solution(
+    bias: bool, rescale: bool, reduced: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, groups = ((9,), 1) if len(reduced) == 1 else ((3, 3, 3), 2)
+    structure = Structure(dense, reduced)
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    weight, mixing = randn(4, *dense), randn(prod(dense), prod(dense))
+    taken = [
+        (randn(groups, n, prod(dense)) @ mixing + 0.5, randn(groups, n, 4 // groups) - 0.2)
+        for n in (7, 30)
+    ]
+    fits = []
+    for most in (2**26, 1):
+        monkeypatch.setattr(asymmetric, "MOST_NUMBERS", most)
+        layer = asymmetric.asymmetric_layer(weight, groups, structure)
+        for patches, targets in taken:
+            layer.add(patches, targets)
+        fits.append(layer.fit("x", bias=bias, rescale=rescale))
+    primal, dual = fits
+    torch.testing.assert_close(dual.weight, primal.weight, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(dual.shift, primal.shift, rtol=1e-8, atol=1e-10)
+    assert dual.error == pytest.approx(primal.error, rel=1e-8)
+    assert dual.projected == pytest.approx(primal.projected, rel=1e-8)
+    torch.testing.assert_close(structure.project(dual.weight), dual.weight, rtol=0, atol=1e-12)
+
+
+def test_a_wide_layer_is_fitted_from_few_patches(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    graph = linear_graph(
+        [helper.make_node("MatMul", ["x", "a.weight"], ["y"])],
+        {"a.weight": rng.standard_normal((6, 6))},
+        6,
+    )
+    x = rng.standard_normal((500, 6)).astype(np.float32) @ rng.standard_normal((6, 6))
+    samples = Samples({"x": x.astype(np.float32)})
+    monkeypatch.setattr(asymmetric, "MOST_NUMBERS", 99)
+    structures = {"a": Structure((6,), (4,))}
+    found = reconstruct(graph, structures, samples)
+    (layer,) = found.record.layers
+    assert layer.method == "least squares"
+    assert layer.error is not None
+    assert layer.projected is not None
+    assert layer.error < layer.projected
+    broken = asymmetric.asymmetric_layer(torch.ones(2, 6), 1, structures["a"])
+    broken.add(torch.full((1, 3, 6), torch.inf), torch.ones(1, 3, 2))
+    with pytest.raises(OnnxError, match="layer a reads numbers that are not finite"):
+        broken.fit("a")
 
 
 def test_what_is_held_between_runs_changes_nothing(

@@ -9,16 +9,38 @@ it) is least over W' = (Q a)^T, Q an orthonormal basis of the subspace and z = Q
 r as in `least_squares`; without a bias, for the second moments in place of the covariances. This is
 the asymmetric reconstruction of He, Zhang and Sun, "Channel Pruning for Accelerating Very Deep
 Neural Networks", ICCV 2017, section 3.3, with a subspace in place of a choice of channels. Only the
-R coordinates z are ever correlated, not the D inputs, so wide layers cost what is left of them.
+R coordinates z are ever correlated, not the D inputs. Layers for which R^2 numbers are still too
+many are fitted by the dual (ours): with n patches projected onto the subspace, centred, as the rows
+of Z, and their targets Y,
+
+    W'^T = P W^T + Z^T (Z Z^T + n r I)^-1 (Y - Z W^T),
+
+which is the same solution from n x n numbers and needs no basis, P alone.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
+from structconv_cli.errors import OnnxError
 from structconv_cli.reconstruction.activations import Moments, Sums
-from structconv_cli.reconstruction.subspace import Bases, restoring, ridge, solve
+from structconv_cli.reconstruction.subspace import (
+    Bases,
+    restoring,
+    ridge,
+    ridge_of,
+    solve,
+)
 from structconv_cli.structure import Structure
+
+MOST_NUMBERS = 2**26
+"""Numbers that a layer's moments, or its patches, may hold (0.5 GiB; the solution takes as much
+again)."""
+_LEAST_PATCHES, _PATCHES_PER_COORDINATE = 16384, 8
+_MOST_DUAL = 4096
+"""Patches of the dual, whose products with each other are held."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,33 +60,30 @@ class AsymmetricFit:
     error: float
 
 
-class AsymmetricLayer:
-    """Collects what a layer reads and should make, and fits it.
+class AsymmetricLayer(ABC):
+    """Collects what a layer reads and should make, and fits it; `asymmetric_layer` makes one.
 
     Args:
         weight: (C_out, *dense), any float type.
         groups: number of channel groups.
         structure: the subspace; a dense one for all weights.
+
+    Attributes:
+        rows: the filters, (G, C_out/G, D) float64.
+        most_patches: about how many are to be taken in.
     """
+
+    most_patches: int
 
     def __init__(self, weight: torch.Tensor, groups: int, structure: Structure) -> None:
         self.weight, self.structure = weight.double(), structure
         self.rows = self.weight.reshape(groups, len(weight) // groups, -1)
-        self.bases = Bases(structure)
-        self.coordinates = self.bases.reduce(self.rows)
-        self.sums = Sums()
 
-    @property
-    def numbers(self) -> int:
-        """Numbers that the moments hold."""
-        groups, outputs, width = self.coordinates.shape
-        return int(groups * (outputs + width) ** 2)
-
+    @abstractmethod
     def add(self, patches: torch.Tensor, targets: torch.Tensor) -> None:
         """Take in patches p^ (G, n, D), and what is to be made of them (G, n, C_out/G)."""
-        z = self.bases.reduce(patches.double())
-        self.sums.add(torch.cat([z, targets], dim=2))
 
+    @abstractmethod
     def fit(self, name: str, *, bias: bool = True, rescale: bool = False) -> AsymmetricFit:
         """The best weight for all that was taken in.
 
@@ -76,6 +95,29 @@ class AsymmetricLayer:
         Raises:
             OnnxError: what the layer reads is not finite.
         """
+
+
+def asymmetric_layer(weight: torch.Tensor, groups: int, structure: Structure) -> AsymmetricLayer:
+    """What collects and fits a layer: its moments where they are small enough, else the dual."""
+    numbers = groups * (prod(structure.reduced) + len(weight) // groups) ** 2
+    return (_Primal if numbers <= MOST_NUMBERS else _Dual)(weight, groups, structure)
+
+
+class _Primal(AsymmetricLayer):
+    """Moments of coordinates and targets together."""
+
+    def __init__(self, weight: torch.Tensor, groups: int, structure: Structure) -> None:
+        super().__init__(weight, groups, structure)
+        self.sums, self.bases = Sums(), Bases(structure)
+        self.coordinates = self.bases.reduce(self.rows)
+        width = self.coordinates.shape[2]
+        self.most_patches = max(_LEAST_PATCHES, _PATCHES_PER_COORDINATE * width)
+
+    def add(self, patches: torch.Tensor, targets: torch.Tensor) -> None:
+        z = self.bases.reduce(patches.double())
+        self.sums.add(torch.cat([z, targets], dim=2))
+
+    def fit(self, name: str, *, bias: bool = True, rescale: bool = False) -> AsymmetricFit:
         moments = self.sums.moments(name)
         width = self.coordinates.shape[2]
         covariance = moments.covariance if bias else moments.second
@@ -97,9 +139,59 @@ class AsymmetricLayer:
         shift = wanted - (solved @ mean.unsqueeze(2)).squeeze(2)
         if not bias:
             shift = torch.zeros_like(shift)
+        found = self.bases.expand(solved).reshape(self.weight.shape)
+        return AsymmetricFit(found, shift.reshape(-1), error(self.coordinates), error(solved))
+
+
+class _Dual(AsymmetricLayer):
+    """Few patches and their targets, for a layer whose moments would be too large."""
+
+    def __init__(self, weight: torch.Tensor, groups: int, structure: Structure) -> None:
+        super().__init__(weight, groups, structure)
+        self.taken: list[tuple[torch.Tensor, torch.Tensor]] = []
+        numbers = groups * (prod(structure.dense) + len(weight) // groups)
+        self.most_patches = min(_MOST_DUAL, max(1, MOST_NUMBERS // numbers))
+
+    def _projected(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.structure.project(rows.reshape(-1, *self.structure.dense)).reshape(rows.shape)
+
+    def add(self, patches: torch.Tensor, targets: torch.Tensor) -> None:
+        self.taken.append((self._projected(patches.double()), targets.double()))
+
+    def fit(self, name: str, *, bias: bool = True, rescale: bool = False) -> AsymmetricFit:
+        z, y = (torch.cat(parts, dim=1) for parts in zip(*self.taken, strict=True))
+        self.taken = []
+        if not bool(z.isfinite().all() and y.isfinite().all()):
+            raise OnnxError(
+                f"layer {name} reads numbers that are not finite on the samples. Check the "
+                "samples' scale, and the model."
+            )
+        count = z.shape[1]
+        mean, wanted = z.mean(1, keepdim=True), y.mean(1, keepdim=True)
+        if bias:
+            z, y = z.sub_(mean), y.sub_(wanted)
+        products = (z @ z.transpose(1, 2)).div_(count)
+        trace = products.diagonal(dim1=1, dim2=2).sum(1)
+        size = prod(self.structure.reduced)
+        held = ridge_of(trace, products.square().sum((1, 2)), size, count)
+        nearest = self._projected(self.rows)
+        missed = y - z @ nearest.transpose(1, 2)
+        solved = nearest + solve(products, held, missed.transpose(1, 2) / count) @ z
+        variance = y.square().mean(1)
+        if rescale:
+            made = (z @ solved.transpose(1, 2)).square().mean(1)
+            solved = solved * restoring(made, variance).unsqueeze(2)
+
+        def error(rows: torch.Tensor) -> float:
+            total = float(variance.sum())
+            far = (y - z @ rows.transpose(1, 2)).square().mean(1)
+            return float(far.sum()) / total if total > 0 else 0.0
+
+        shift = (wanted - mean @ solved.transpose(1, 2)) if bias else torch.zeros_like(wanted)
         return AsymmetricFit(
-            self.bases.expand(solved).reshape(self.weight.shape),
+            # Rounding alone leads out of the subspace.
+            self._projected(solved).reshape(self.weight.shape),
             shift.reshape(-1),
-            error(self.coordinates),
+            error(nearest),
             error(solved),
         )

@@ -15,7 +15,6 @@ leave as they are.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 
 import numpy as np
 import onnx
@@ -26,7 +25,7 @@ from structconv_cli.onnx.nodes import layer_of
 from structconv_cli.onnx.probe import dense_kernel, layer_nodes
 from structconv_cli.onnx.structured_node import layer_obstacle
 from structconv_cli.progress import SILENT, Observer
-from structconv_cli.reconstruction.asymmetric import AsymmetricLayer
+from structconv_cli.reconstruction.asymmetric import AsymmetricLayer, asymmetric_layer
 from structconv_cli.reconstruction.layer_check import check_layers
 from structconv_cli.reconstruction.patches import Reader, scales_operands
 from structconv_cli.reconstruction.result import (
@@ -43,9 +42,6 @@ from structconv_cli.reconstruction.stream import Stream, runs_of
 from structconv_cli.structure import Structure
 
 DEFAULTS = ReconstructionSettings()
-MOST_NUMBERS = 2**26
-"""Numbers that a layer's moments may hold (0.5 GiB; the solution takes as much again)."""
-_LEAST_PATCHES, _PATCHES_PER_COORDINATE = 16384, 8
 _NOTHING = 1e-12
 """Relative squared error that float32 rounding explains."""
 
@@ -176,8 +172,8 @@ class _Sequence:
         inputs = [reader.tensor for reader in layer.readers]
         other = self._other_operand(layer) if self.settings.sums else None
         wanted = [*live, *inputs, *([other] if other else [])]
-        collected = AsymmetricLayer(layer.weight, layer.readers[0].groups, layer.structure)
-        most = max(_LEAST_PATCHES, _PATCHES_PER_COORDINATE * collected.coordinates.shape[2])
+        collected = asymmetric_layer(layer.weight, layer.readers[0].groups, layer.structure)
+        most = collected.most_patches
         hold = None
         pairs = zip(self.original.values(wanted), self.changed.values(wanted), strict=True)
         for run, (old, new) in enumerate(pairs):
@@ -262,8 +258,4 @@ def _layer(graph: Graph, name: str, structure: Structure) -> _Layer:
     problem = ""
     if any(scales_operands(node) for node in nodes):
         problem = "its node scales or transposes what it reads"
-    groups = readers[0].groups
-    numbers = groups * (prod(structure.reduced) + len(weight) // groups) ** 2
-    if numbers > MOST_NUMBERS:
-        problem = f"its moments would hold {numbers} numbers, more than {MOST_NUMBERS}"
     return _Layer(name, index, readers, weight, structure, problem)

@@ -19,16 +19,27 @@ _LEAST_VARIANCE = 1e-8
 
 
 def ridge(moments: Moments) -> torch.Tensor:
-    """What is to be added to the diagonal of each group's covariance, (G, 1, 1).
+    """What is to be added to the diagonal of each group's covariance, (G, 1, 1); see `ridge_of`."""
+    covariance = moments.covariance
+    trace = covariance.diagonal(dim1=1, dim2=2).sum(1)
+    squares = covariance.square().sum((1, 2))
+    return ridge_of(trace, squares, covariance.shape[1], moments.count)
+
+
+def ridge_of(trace: torch.Tensor, squares: torch.Tensor, size: int, patches: int) -> torch.Tensor:
+    """What is to be added to the diagonal of covariances, (G, 1, 1).
 
     The shrinkage of the covariance that is best for so many samples of a normal distribution: OAS,
     Chen, Wiesel, Eldar and Hero, "Shrinkage Algorithms for MMSE Covariance Estimation", 2010,
     equation 23.
+
+    Args:
+        trace: of each covariance, (G,).
+        squares: of all its numbers, summed, (G,).
+        size: its rows.
+        patches: that it was taken from.
     """
-    covariance, count = moments.covariance, moments.count / _PATCHES_PER_SAMPLE
-    size = covariance.shape[1]
-    trace = covariance.diagonal(dim1=1, dim2=2).sum(1)
-    squares = covariance.square().sum((1, 2))
+    count = patches / _PATCHES_PER_SAMPLE
     excess = (squares - trace.square() / size).clamp(min=1e-300)
     shrinkage = ((1 - 2 / size) * squares + trace.square()) / ((count + 1 - 2 / size) * excess)
     shrinkage = shrinkage.clamp(max=_MOST_SHRINKAGE)
