@@ -63,10 +63,12 @@ def allot(
 
 
 def spread(count: int, most: int) -> list[int]:
-    """Positions to measure among `count` in the order of their error.
+    """Positions to measure among `count` in the order of their residual.
 
     One: the middle. More: evenly up to the last; the origin is known as it is.
     """
+    if most >= count:
+        return list(range(count))
     if most == 1:
         return [count // 2]
     return sorted({-(-count * (i + 1) // most) - 1 for i in range(most)})

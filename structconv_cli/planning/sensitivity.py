@@ -45,8 +45,9 @@ from structconv_cli.structure import Structure
 
 How = Literal["measured", "interpolated", "weights"]
 
-_MOMENTS_HELD = 2**26
-"""Numbers that the moments of the layers looked at together may hold (512 MiB)."""
+_MOMENTS_HELD = 2**27
+"""Numbers that the moments of the layers looked at together may hold (512 MiB in float32, so that
+few models must be run more than once)."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,7 @@ class _Prediction:
                 self.fitted.inputs,
                 threads=self.settings.threads,
                 seed=self.settings.seed,
+                dtype=torch.float32,
             )
             for layer in group:
                 found[layer] = self._layer(layer, moments.pop(layer, None))
@@ -197,7 +199,7 @@ class _Prediction:
             yield group
 
     def _layer(self, layer: str, moments: Moments | None) -> dict[Structure, PredictedLoss]:
-        """The predictions of one layer: every candidate is fitted, and as many run as allotted."""
+        """The predictions of one layer: every candidate is fitted, as many as allotted are run."""
         node = layer_nodes(self.model, [layer])[layer][0]
         weight, bias = (
             torch.from_numpy(array.astype(np.float64)) for array in dense_kernel(self.model, node)
@@ -220,19 +222,16 @@ class _Prediction:
                 )
             )
 
+        # Weights by dozens would fill the memory: what is run is decided before anything is fitted.
+        order = sorted(structures, key=lambda s: s.residual(weight))
+        measured = {order[i] for i in spread(len(order), self.allotment.candidates)}
         facts: dict[Structure, tuple[float, float]] = {}
         rises: dict[Structure, tuple[float, float | None]] = {}
-        all_run = len(structures) <= self.allotment.candidates
         for structure in structures:
             fit = dense.fit(structure)
             facts[structure] = fit.error, fit.residual
-            if all_run:
+            if structure in measured:
                 rises[structure] = rise(fit)
-        if not all_run:
-            # Fitted again rather than kept: a layer's weights by dozens would fill the memory.
-            order = sorted(structures, key=lambda s: facts[s][0])
-            for index in spread(len(order), self.allotment.candidates):
-                rises[order[index]] = rise(dense.fit(order[index]))
         found = self._predicted(facts, rises)
         return {s: found.get(s, nothing) for s in self.candidates[layer]}
 

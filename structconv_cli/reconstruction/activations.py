@@ -35,8 +35,8 @@ class Moments:
     """First and second moments of a layer's patches, per channel group.
 
     Attributes:
-        mean: (G, D) float64, of the patches p.
-        covariance: (G, D, D) float64, E[(p - mean)(p - mean)^T], divided by `count`.
+        mean: (G, D), of the patches p.
+        covariance: (G, D, D), E[(p - mean)(p - mean)^T], divided by `count`.
         count: patches they are taken from.
     """
 
@@ -49,6 +49,10 @@ class Moments:
         """E[p p^T], (G, D, D)."""
         return self.covariance + self.mean.unsqueeze(2) * self.mean.unsqueeze(1)
 
+    def double(self) -> "Moments":
+        """In float64."""
+        return Moments(self.mean.double(), self.covariance.double(), self.count)
+
 
 def second_moments(
     model: onnx.ModelProto,
@@ -57,6 +61,7 @@ def second_moments(
     *,
     threads: int = 1,
     seed: int = 0,
+    dtype: torch.dtype = torch.float64,
 ) -> dict[str, Moments]:
     """Moments of what layers read when the model runs on `feeds`.
 
@@ -67,6 +72,7 @@ def second_moments(
         feeds: every input by name, images along the first axis.
         threads: of ONNX Runtime.
         seed: of the positions.
+        dtype: that moments are added up and kept in; float32 takes half of the memory.
 
     Returns:
         Moments by layer, without layers of more than `MOST_INPUTS` inputs per output, and those
@@ -84,7 +90,7 @@ def second_moments(
     }
     rng = np.random.default_rng(seed)
     images = len(next(iter(feeds.values())))
-    sums = {layer: Sums() for layer in readers}
+    sums = {layer: Sums(dtype) for layer in readers}
     for values, count in _inputs_of(graph, readers, feeds, threads):
         for layer, nodes in readers.items():
             wanted = max(_LEAST_PATCHES, _PATCHES_PER_INPUT * nodes[0].size)
@@ -134,10 +140,10 @@ def _inputs_of(
 
 class Sums:
     """Sums over patches: products around a shift near the mean, in the patches' type, added up in
-    float64."""
+    another."""
 
-    def __init__(self) -> None:
-        self.count = 0
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        self.dtype, self.count = dtype, 0
         self.waiting: list[torch.Tensor] = []
         self.shift = self.first = self.second = torch.zeros(0)
 
@@ -154,10 +160,10 @@ class Sums:
             groups, _, size = patches.shape
             # Products around zero would lose a small covariance behind a large mean.
             self.shift = patches.mean(1)
-            self.first = torch.zeros(groups, size, dtype=torch.float64)
-            self.second = torch.zeros(groups, size, size, dtype=torch.float64)
+            self.first = torch.zeros(groups, size, dtype=self.dtype)
+            self.second = torch.zeros(groups, size, size, dtype=self.dtype)
         shifted = patches - self.shift.unsqueeze(1)
-        self.first += shifted.sum(1, dtype=torch.float64)
+        self.first += shifted.sum(1, dtype=self.dtype)
         self.second += torch.bmm(shifted.transpose(1, 2), shifted)
         self.count += patches.shape[1]
 
@@ -177,4 +183,4 @@ class Sums:
                 f"layer {layer} reads numbers that are not finite (or too large to square in "
                 "float32) on the samples. Check the samples' scale, and the model."
             )
-        return Moments(self.shift.double() + mean, self.second, self.count)
+        return Moments(self.shift.to(self.dtype) + mean, self.second, self.count)

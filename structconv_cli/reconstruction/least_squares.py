@@ -77,7 +77,8 @@ class DenseLayer:
         rescale: bool = True,
     ) -> None:
         self.weight, self.bias = weight.double(), bias.double()
-        self.moments, self.rescale = moments, rescale
+        self.moments = None if moments is None else moments.double()
+        self.rescale = rescale
         self.groups = len(moments.mean) if moments else 1
         # The covariance in the last kernel basis: structures often share one.
         self._last: tuple[tuple[int, ...], torch.Tensor] | None = None
