@@ -4,6 +4,7 @@ Times, losses and costs are whole numbers here, so that equal means equal: neith
 nor its tolerance lies between two of them.
 """
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from structconv_cli.cost import Cost
 from structconv_cli.errors import PlanError
+from structconv_cli.planning import choice
 from structconv_cli.planning.choice import Choice, Quantity, choose
 from structconv_cli.planning.clock import Clock
 from structconv_cli.planning.goal import curve, fastest, solve
@@ -571,3 +573,11 @@ def test_a_clock_is_undone_by_its_inverse_and_keeps_the_order(
     assert clock.whole(ms * more) > clock.whole(ms)
     # The two measured models lie on the line.
     assert Clock(2.0, 1.5).whole(4.0) == 8.0
+
+
+def test_what_the_solver_prints_stays_off_standard_output(capfd: pytest.CaptureFixture[str]):
+    print("before")
+    with choice._nothing_printed():
+        os.write(1, b"noise of compiled code")
+    print("behind", flush=True)
+    assert capfd.readouterr().out == "before\nbehind\n"

@@ -18,7 +18,10 @@ ties, ms_i being the dense layer's time, are put if asked for: they keep out wha
 and costs time, which lowering would leave dense.
 """
 
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,6 +39,21 @@ _GAP = 1e-4
 """Relative gap at which a solution counts as the best: far below the noise of what is weighed."""
 _SECONDS = 20.0
 """Limit of one solution; the best found until then is taken."""
+
+
+@contextmanager
+def _nothing_printed() -> Iterator[None]:
+    """Keeps what compiled code prints off standard output: HiGHS has messages that no option turns
+    off, and JSON may be on its way there."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 @dataclass(frozen=True)
@@ -117,13 +135,14 @@ class _Problem:
         # Where losses are all but equal, lean towards the faster.
         tie_break = self._values("ms")
         values = values / scale + 1e-6 * tie_break / (float(np.abs(tie_break).max()) or 1.0)
-        found = milp(
-            values,
-            constraints=LinearConstraint(self._matrix(), self.low, self.high),
-            integrality=np.ones(self.size),
-            bounds=Bounds(0, 1),
-            options={"mip_rel_gap": _GAP, "time_limit": _SECONDS},
-        )
+        with _nothing_printed():
+            found = milp(
+                values,
+                constraints=LinearConstraint(self._matrix(), self.low, self.high),
+                integrality=np.ones(self.size),
+                bounds=Bounds(0, 1),
+                options={"mip_rel_gap": _GAP, "time_limit": _SECONDS},
+            )
         return None if found.x is None else self._choice(np.round(found.x))
 
     def _ties(self) -> None:
