@@ -60,6 +60,28 @@ def test_response_of_a_dense_node_is_its_weight(conv: Conv) -> None:
     assert not bias.any()
 
 
+@pytest.mark.parametrize("strides", [(1, 1), (2, 1), (3, 2)], ids=str)
+@pytest.mark.parametrize("dilations", [(1, 1), (1, 4), (3, 2), (4, 6)], ids=str)
+@pytest.mark.parametrize("pads", [(0, 0, 0, 0), (4, 6, 3, 0)], ids=str)
+def test_channels_that_share_a_run_keep_apart(
+    strides: tuple[int, ...], dilations: tuple[int, ...], pads: tuple[int, ...]
+) -> None:
+    weight = torch.randn(6, 14, 3, 2, generator=torch.Generator().manual_seed(0))
+    node = helper.make_node(
+        "Conv",
+        ["image", "w"],
+        ["features"],
+        strides=strides,
+        dilations=dilations,
+        pads=pads,
+        group=2,
+    )
+    graph = model_of([node], {"w": weight}, ("N", 28, "H", "W"))
+    response, bias = probe(graph, graph, tuple(weight.shape))
+    assert torch.equal(response, weight)
+    assert not bias.any()
+
+
 @pytest.mark.parametrize("conv", [c for c in CASES if c.bias][::3], ids=str)
 def test_response_of_a_dense_node_with_a_bias_is_its_weight_and_bias(conv: Conv) -> None:
     graph = conv_graph(conv)

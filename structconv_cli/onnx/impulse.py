@@ -1,8 +1,9 @@
 """Measuring the kernel that a part of an ONNX graph applies, whatever nodes compute it."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import product
-from math import prod
+from math import gcd, prod
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +31,8 @@ def impulse_response(
 
     Unit impulses are fed to the part of `model` between the two tensors, one for every channel of a
     group and every kernel position, so that each output is one weight: nothing is known of how the
-    part computes it, and nothing is summed that could hide an error.
+    part computes it, and nothing is summed that could hide an error. A dilated kernel's windows lie
+    in one another's gaps: there several channels share a run.
 
     Args:
         model: the graph to probe; it has the dense node's input and output tensors, or what is
@@ -53,8 +55,7 @@ def impulse_response(
     sizes = kernel[2:]
     attributes = ConvAttributes.of(dense, sizes) if dense.op_type == "Conv" else None
     groups = attributes.group if attributes else 1
-    read, taps = _geometry(attributes, sizes) if attributes else ((), [])
-    extent = tuple(max(positions) + 1 for positions in taps)
+    places = _Places.of(attributes, sizes)
     ins = [(t, c.size) for t, c in sources] if sources else [(dense.input[0], kernel[1] * groups)]
     outs = [t for t, _ in targets] if targets else [dense.output[0]]
     part = session(extract(model, [name for name, _ in ins], outs))
@@ -62,23 +63,31 @@ def impulse_response(
     width = kernel[1] if groups > 1 else total
     edges = np.cumsum([size for _, size in ins])[:-1]
 
+    shared = places.windows(width)
+    extent = places.extent(shared)
+    far = tuple(max(window[axis] for window in shared) for axis in range(len(sizes)))
+    read = tuple(first + more for first, more in zip(places.read, far, strict=True))
+
     def respond(x: Array) -> Array:
         blocks = np.split(x.reshape(len(x), total, *extent), edges, axis=1)
         lead = (1,) * (rank - 2) if not sizes else ()
         feeds = {name: b.reshape(*lead, *b.shape) for (name, _), b in zip(ins, blocks, strict=True)}
         return _joined(run_fed(part, feeds), (*lead, len(x)), read)
 
-    bias = _at(respond(np.zeros((1, total, *extent), np.float32)), read)
+    bias = _at(respond(np.zeros((1, total, *extent), np.float32)), places.read)
     response = np.zeros((len(bias), width, *sizes), np.float32)
-    impulses = list(product(range(width), *(range(n) for n in sizes)))
-    for chunk in _chunks(impulses, max(1, _CHUNK_VALUES // max(total * prod(extent), len(bias)))):
+    # One row for each kernel position and as many channels as there are windows.
+    rows = list(product(range(0, width, len(shared)), *(range(n) for n in sizes)))
+    for chunk in _chunks(rows, max(1, _CHUNK_VALUES // max(total * prod(extent), len(bias)))):
         x = np.zeros((len(chunk), total // width, width, *extent), np.float32)
-        for row, (channel, *tap) in enumerate(chunk):
-            position = tuple(taps[axis][index] for axis, index in enumerate(tap))
-            x[row, :, channel][_everywhere(position)] = 1
+        for row, (first, *tap) in enumerate(chunk):
+            for channel, window in zip(range(first, width), shared, strict=False):
+                x[row, :, channel][_everywhere(places.input(window, tap))] = 1
         y = respond(x)
-        for row, (channel, *tap) in enumerate(chunk):
-            response[:, channel][_everywhere(tap)] = _at(y[row : row + 1], read) - bias
+        for row, (first, *tap) in enumerate(chunk):
+            for channel, window in zip(range(first, width), shared, strict=False):
+                weights = _at(y[row : row + 1], places.output(window))
+                response[:, channel][_everywhere(tap)] = weights - bias
     return response, bias
 
 
@@ -105,19 +114,62 @@ def _everywhere(position: Sequence[int]) -> tuple[slice | int, ...]:
     return (slice(None), *position)
 
 
-def _geometry(
-    attributes: ConvAttributes, sizes: tuple[int, ...]
-) -> tuple[tuple[int, ...], list[list[int]]]:
-    """The first output position whose window lies inside the input, and its taps' positions."""
-    read, taps = [], []
-    for (before, _), stride, dilation, size in zip(
-        attributes.pads, attributes.strides, attributes.dilations, sizes, strict=True
-    ):
-        output = -(-before // stride)
-        start = output * stride - before
-        read.append(output)
-        taps.append([start + dilation * i for i in range(size)])
-    return tuple(read), taps
+@dataclass(frozen=True)
+class _Places:
+    """Where impulses are put and weights are read, by spatial axis.
+
+    Attributes:
+        read: the first output position whose window lies inside the input.
+        taps: input positions of that window.
+        steps: stride: input positions between windows.
+        free: windows from that one on of which no two share an input position.
+    """
+
+    read: tuple[int, ...] = ()
+    taps: tuple[tuple[int, ...], ...] = ()
+    steps: tuple[int, ...] = ()
+    free: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, attributes: ConvAttributes | None, sizes: tuple[int, ...]) -> "_Places":
+        if attributes is None:
+            return cls()
+        read, taps = [], []
+        for (before, _), stride, dilation, size in zip(
+            attributes.pads, attributes.strides, attributes.dilations, sizes, strict=True
+        ):
+            output = -(-before // stride)
+            start = output * stride - before
+            read.append(output)
+            taps.append(tuple(start + dilation * i for i in range(size)))
+        steps = tuple(attributes.strides)
+        free = tuple(d // gcd(s, d) for s, d in zip(steps, attributes.dilations, strict=True))
+        return cls(tuple(read), tuple(taps), steps, free)
+
+    def windows(self, most: int) -> list[tuple[int, ...]]:
+        """Windows, counted from the first, of which no two share an input position."""
+        counts: list[int] = []
+        for free in self.free:
+            counts.append(min(free, -(-most // prod(counts))))
+        return list(product(*(range(count) for count in counts)))
+
+    def input(self, window: Sequence[int], tap: Sequence[int]) -> tuple[int, ...]:
+        """The input position that a kernel position of a window reads."""
+        return tuple(
+            taps[index] + step * shift
+            for taps, index, step, shift in zip(self.taps, tap, self.steps, window, strict=True)
+        )
+
+    def output(self, window: Sequence[int]) -> tuple[int, ...]:
+        """The output position of a window."""
+        return tuple(first + shift for first, shift in zip(self.read, window, strict=True))
+
+    def extent(self, windows: Sequence[Sequence[int]]) -> tuple[int, ...]:
+        """Sizes of an input that holds these windows."""
+        return tuple(
+            taps[-1] + 1 + step * max(window[axis] for window in windows)
+            for axis, (taps, step) in enumerate(zip(self.taps, self.steps, strict=True))
+        )
 
 
 def _chunks(items: list[tuple[int, ...]], size: int) -> Iterator[list[tuple[int, ...]]]:
