@@ -359,6 +359,35 @@ def test_a_right_lowering_passes(name: str) -> None:
     assert bool(graphs.carried) is (name in CARRIED or name == "ones")
 
 
+class Wide(nn.Module):
+    """A wide residual sum without activation, all of whose channels are positive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 1)
+        self.narrow1 = nn.Conv2d(16, 512, 1)
+        self.wide1 = nn.Conv2d(512, 16, 1)
+        self.narrow2 = nn.Conv2d(16, 512, 1)
+        self.head = nn.Conv2d(512, 16, 1)
+        for layer in (self.narrow1, self.narrow2):
+            nn.init.constant_(layer.bias, 7.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.narrow1(torch.relu(self.stem(x)))
+        x = x + self.narrow2(torch.relu(self.wide1(x)))
+        return self.head(x)
+
+
+def test_sums_of_many_channels_may_be_rounded_as_such() -> None:
+    case = Case(Wide, {"wide1": (257, 1, 1), "head": (257, 1, 1)})
+    network, structures = structured(case)
+    dense = export_onnx(network, torch.randn(IMAGES))
+    lowered, lowering = lower(dense, structures, SPLIT)
+    assert any(c.total for parts in lowering.carried.values() for _, c in parts)
+    graphs = LoweredGraph(dense, lowered, lowering.carried, structures)
+    assert failures(graphs) == []
+
+
 def test_the_cases_hold_every_way_to_carry_a_tensor() -> None:
     parts = {
         name: [channels for carried in pair(name).carried.values() for _, channels in carried]
