@@ -119,6 +119,9 @@ def test_the_table_fits_80_columns(nets: tuple[Path, Path], monkeypatch: Any) ->
 def test_rivals_and_their_accuracy(nets: tuple[Path, Path], tmp_path: Path) -> None:
     """The data's classes cannot be told apart, so that the biased model is right on a third."""
     biased = save_net(tmp_path / "biased.onnx", bias=0.0)
+    model = onnx.load(biased)
+    model.doc_string = "made\n  <b>by hand</b>."
+    onnx.save(model, biased)
     rng = np.random.default_rng(0)
     data = tmp_path / "data.npz"
     np.savez(data, x=rng.integers(0, 255, (60, 8, 8)).astype(np.uint8), y=np.arange(60) % 3)
@@ -129,6 +132,9 @@ def test_rivals_and_their_accuracy(nets: tuple[Path, Path], tmp_path: Path) -> N
     assert [model.name for model in result.models] == ["slow", "int8", "fp16", "biased"]
     assert {model.role for model in result.models[1:]} == {"rival"}
     assert "30 training images" in result.models[1].made
+    assert [model.file for model in result.models] == [str(nets[0]), "", "", str(biased)]
+    assert result.models[3].made == "made <b>by hand</b>"
+    assert "made <b>by hand</b>" not in benchmark_markdown(result)
     assert result.models[1].size_bytes < 0.5 * result.models[0].size_bytes
     assert result.models[2].size_bytes < 0.7 * result.models[0].size_bytes
     assert result.quality is not None
