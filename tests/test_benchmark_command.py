@@ -144,6 +144,28 @@ def test_rivals_and_their_accuracy(nets: tuple[Path, Path], tmp_path: Path) -> N
     assert scores[2] == pytest.approx(scores[0], abs=10)
 
 
+def test_a_given_rival_is_judged_on_the_data_of_the_run(
+    nets: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The rival says class 2 to every image, and a third of them are of it."""
+    out, data, rng = tmp_path / "run", tmp_path / "data.npz", np.random.default_rng(0)
+    np.savez(data, x=rng.random((60, 8, 8)).astype(np.float32), y=np.arange(60) % 3)
+    words = ["convert", nets[0], "--data", data, "--val-split", 0.5, "--out", out]
+    done = CliRunner().invoke(app, [*map(str, words), "--forms", "split+average"])
+    assert done.exit_code == 0, done.output
+    rival = onnx.load(nets[1])
+    (bias,) = (tensor for tensor in rival.graph.initializer if tensor.name == "head.bias")
+    bias.CopyFrom(numpy_helper.from_array(np.array([0, 0, 1e6], np.float32), "head.bias"))
+    onnx.save(rival, tmp_path / "rival.onnx")
+    done = run(out, *QUICK, "--against", tmp_path / "rival.onnx", "--json", "-")
+    assert done.exit_code == 0, done.output
+    result = from_json(done.stdout, BenchmarkResult)
+    assert result.quality is not None
+    assert (result.quality.data, result.quality.examples) == (str(data), 30)
+    assert [model.score is None for model in result.models] == [False] * 3
+    assert result.models[2].score == pytest.approx(100 / 3)
+
+
 def test_layers_are_joined_by_name(nets: tuple[Path, Path]) -> None:
     found = compare_layers((("slow", nets[0]), ("quick", nets[1])), 1, 2, {"second": "a form"})
     assert [layer.name for layer in found.layers] == ["first", "second", "head"]
