@@ -35,7 +35,7 @@ from structconv_cli.errors import StructconvError
 from structconv_cli.json_file import read_json, write_json
 from structconv_cli.timing.benchmark import BenchmarkSettings, benchmark
 from structconv_cli.timing.environment import Environment, describe_environment
-from structconv_cli.timing.speedup import FASTER, SLOWER, Speedup
+from structconv_cli.timing.speedup import FASTER, MINIMUM_ROUNDS, SLOWER, Speedup
 
 # structured_models is imported where files are made: the processes that profile need no torch.
 
@@ -169,7 +169,7 @@ def lower_file(
     """
     command = [sys.executable, "-m", "structconv_cli", "lower", str(dense), "-o", str(lowered)]
     command += ["--threads", str(threads), "--batch-size", str(batch_size), "--forms", forms]
-    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, "--json", "-"], capture_output=True, text=True, check=False)
     report: dict[str, Any] = json.loads(done.stdout) if done.stdout else {}
     nothing_faster = (
         bool(report) and not report["written"] and all(c["passed"] for c in report["checks"])
@@ -439,7 +439,10 @@ def parse() -> argparse.Namespace:
     add("--markdown", type=Path, metavar="FILE", help="write the table as Markdown")
     add("--read", nargs="+", type=Path, default=[], metavar="FILE",
         help="measure nothing: show what --json wrote, several files together")  # fmt: skip
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.rounds < MINIMUM_ROUNDS:
+        parser.error(f"--rounds: fewer than {MINIMUM_ROUNDS} give no interval")
+    return options
 
 
 def main() -> int:

@@ -21,10 +21,8 @@ stopped; `all` runs them in this order:
 - table: latency of the tuned models of each target, in turns, and a table in Markdown. Where
   several seeds were tuned, it gives the accuracy of each.
 
-Shortcuts that subsample and pad with zero channels are written as 1x1 convolutions with fixed
-weights of 0 and 1, in the original and in everything made from it. The function is the same, ONNX
-Runtime is a little faster with it, and Torch-Pruning can prune the residual stream, which it cannot
-do through the padding.
+Padded shortcuts are written as 1x1 convolutions (see `pruning`), in the original and in everything
+made from it.
 """
 
 import argparse
@@ -32,20 +30,19 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
 
 import torch
+from equal_latency import Met, judge, meet, screen, speed_over
+from pruning import WAYS, Pruning, pruned, with_convolved_shortcuts
 from torch import nn
 
-from structconv_cli.calibrate import reestimate_batch_norm
 from structconv_cli.cost import dense_cost, structured_cost
 from structconv_cli.data.dataset import Dataset, load_dataset
 from structconv_cli.data.spec import DataSpec
 from structconv_cli.json_file import read_json, write_json
 from structconv_cli.model.architecture import Architecture, build_model
 from structconv_cli.model.checkpoint import load_checkpoint, load_into
-from structconv_cli.model.eval_mode import eval_mode
 from structconv_cli.model.inventory import take_inventory
 from structconv_cli.onnx.example_inputs import example_inputs
 from structconv_cli.onnx.export import export_onnx
@@ -91,40 +88,6 @@ UNIFORM: Mapping[str, tuple[tuple[int, int], float]] = {
 
 ORIGINAL = "original"
 TUNED_ORIGINAL = "original-tuned"
-TARGET = "target"
-TOLERANCE = 0.02
-"""How far a pruned model's latency may be from the target's."""
-
-MOST_PRUNED = 0.95
-PROBES = 9
-CALIBRATION_IMAGES = 2048
-SCREENING_IMAGES = 4096
-
-
-@dataclass(frozen=True)
-class Pruning:
-    """How Torch-Pruning is to prune.
-
-    Attributes:
-        inside: Only channels inside residual blocks; the residual stream keeps its own.
-        ranked_globally: Whether channels of all layers compete, or those of each layer.
-        round_to: Channels that remain are a multiple of this.
-        ratio: Share of the channels to be pruned, before rounding.
-    """
-
-    inside: bool
-    ranked_globally: bool
-    round_to: int
-    ratio: float = 0.0
-
-    @property
-    def way(self) -> str:
-        """All but the ratio, in words."""
-        where = "blocks" if self.inside else "all"
-        return f"{where}-{'global' if self.ranked_globally else 'local'}-{self.round_to}"
-
-
-WAYS = tuple(Pruning(*way) for way in product((False, True), (True, False), (1, 8, 16)))
 
 
 @dataclass(frozen=True)
@@ -192,27 +155,6 @@ FACTORIES: Mapping[str, Callable[[], nn.Module]] = {"resnet20": resnet20, "resne
 
 def architecture(network: str) -> nn.Module:
     return build_model(Architecture(f"{ROOT}/sample_models/resnet_cifar.py:{network}"))
-
-
-@torch.no_grad()
-def with_convolved_shortcuts(model: nn.Module) -> nn.Module:
-    """The model with its padded shortcuts as 1x1 convolutions that compute the same."""
-    for block in list(model.modules()):
-        shortcut = getattr(block, "shortcut", None)
-        if hasattr(shortcut, "pad"):
-            channels = 2 * shortcut.pad
-            convolution = nn.Conv2d(channels, 2 * channels, 1, stride=2, bias=False)
-            convolution.weight.zero_()
-            middle = slice(shortcut.pad, shortcut.pad + channels)
-            convolution.weight[middle, :, 0, 0] = torch.eye(channels)
-            block.shortcut = convolution
-    return freeze_shortcuts(model)
-
-
-def freeze_shortcuts(model: nn.Module) -> nn.Module:
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(".shortcut." not in name)
-    return model
 
 
 class Study:
@@ -293,59 +235,30 @@ class Study:
                 if met is None:
                     unreachable.append(way.way)
                     continue
-                screened = self._screen(pruned(self.model(), met.pruning))
-                found.append(replace(met, screened=screened))
+                widths = [m.out_channels for m in met.model.modules() if isinstance(m, nn.Conv2d)]
+                screened = screen(met.model, self.data)
+                result = PrunedResult(
+                    replace(way, ratio=met.ratio), tuple(widths), met.speed, screened
+                )
+                found.append(result)
                 print(
-                    f"{target}: {way.way:16} ratio {met.pruning.ratio:.3f}, "
-                    f"{met.speed:.3f} of the target's speed, {screened:.1f} % before training",
+                    f"{target}: {way.way:16} ratio {met.ratio:.3f}, {met.speed:.3f} of the "
+                    f"target's speed, {screened:.1f} % before training",
                     flush=True,
                 )
             found.sort(key=lambda result: -result.screened)
             write_json(PrunedResults(tuple(found), tuple(unreachable)), file)
 
-    def _meet(self, target: str, way: Pruning) -> PrunedResult | None:
-        """The ratio at which a way of pruning is as fast as the target's model.
-
-        Rounding makes latency a step function of the ratio: where no step is within the tolerance,
-        it is the next faster one. None if the way is slower at any ratio.
-        """
-        known: dict[tuple[int, ...], float] = {}
-
-        def probe(ratio: float) -> PrunedResult:
-            tried = replace(way, ratio=ratio)
-            model = pruned(self.model(), tried)
-            widths = tuple(m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d))
-            if widths not in known:
-                known[widths] = self._speed(target, model)
-            print(f"    {way.way} {ratio:.3f}: {known[widths]:.3f}", flush=True)
-            return PrunedResult(tried, widths, known[widths], 0.0)
-
-        low, best = 0.0, probe(MOST_PRUNED)
-        if best.speed < 1 - TOLERANCE:
-            return None
-        for _ in range(PROBES):
-            tried = probe((low + best.pruning.ratio) / 2)
-            if tried.speed < 1 - TOLERANCE:
-                low = tried.pruning.ratio
-            else:
-                best = tried
-                if best.speed <= 1 + TOLERANCE:
-                    break
-        return best
-
-    def _speed(self, target: str, model: nn.Module) -> float:
-        file = write_onnx(model, {}, self.folder, "pruned.onnx")
-        files = {TARGET: self.folder / f"{target}.onnx", "pruned": file}
-        result = benchmark(files, BenchmarkSettings(rounds=self.options.prune_rounds))
-        return result.speedups[0].median
-
-    def _screen(self, model: nn.Module) -> float:
-        order = torch.randperm(len(self.data.train), generator=torch.Generator().manual_seed(0))
-        fitted, judged = order[:CALIBRATION_IMAGES], order[CALIBRATION_IMAGES:][:SCREENING_IMAGES]
-        train = self.data.train
-        images, _ = train.fetch(fitted)
-        reestimate_batch_norm(model, [self.data.prepare(b) for b in images.split(256)])
-        return judge(model, replace(self.data, val=train.part(judged))).score
+    def _meet(self, target: str, way: Pruning) -> Met | None:
+        """The ratio at which a way of pruning is as fast as the target's model."""
+        file = self.folder / f"{target}.onnx"
+        scratch = self.folder / "pruned.onnx"
+        settings = BenchmarkSettings(rounds=self.options.prune_rounds)
+        return meet(
+            lambda ratio: pruned(self.model(), IMAGES, replace(way, ratio=ratio)),
+            lambda model: speed_over(file, model, IMAGES, scratch, settings),
+            lambda text: print(f"    {way.way} {text}", flush=True),
+        )
 
     def plan_file(self, target: str) -> Path:
         return self.folder / f"{target}.plan.json"
@@ -408,7 +321,7 @@ class Study:
             file.parent.mkdir(exist_ok=True)
             original = self.model()
             if variant.pruning:
-                model = pruned(self.model(), variant.pruning)
+                model = pruned(self.model(), IMAGES, variant.pruning)
                 model, record = tune(model, {}, self.data, self.recipe, original)
             else:
                 model, record = tune(original, variant.structures, self.data, self.recipe)
@@ -484,39 +397,6 @@ def within(structures: Mapping[str, Structure], others: Mapping[str, Structure])
     return nested and structures != others
 
 
-def pruned(model: nn.Module, pruning: Pruning) -> nn.Module:
-    """The model without the channels of least norm; the same each time."""
-    import torch_pruning
-
-    class Pruner(torch_pruning.pruner.BasePruner):  # type: ignore[misc]
-        """Leaves some channels to every layer: layers that lost all would be kept whole instead."""
-
-        def _round_to(self, pruned: int, channels: int, round_to: int) -> int:
-            most = channels - max(round_to, channels // 8)
-            return min(super()._round_to(pruned, channels, round_to), most)
-
-    kept: list[nn.Module] = [model.linear]  # type: ignore[list-item]
-    if pruning.inside:
-        kept += [
-            module
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Conv2d) and (name == "conv1" or not name.endswith("conv1"))
-        ]
-    # Torch-Pruning finds the layers' dependencies in autograd's graph.
-    model.requires_grad_(True)
-    pruner = Pruner(
-        model,
-        IMAGES,
-        importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
-        global_pruning=pruning.ranked_globally,
-        pruning_ratio=pruning.ratio,
-        round_to=pruning.round_to,
-        ignored_layers=kept,
-    )
-    pruner.step()
-    return freeze_shortcuts(model).eval()
-
-
 def tune(
     model: nn.Module,
     structures: Mapping[str, Structure],
@@ -527,12 +407,6 @@ def tune(
     """The same fine-tune for all; a pruned model needs the original as its teacher."""
     task = Classification(data, recipe.batch_size, recipe.augment, recipe.seed)
     return finetune(model, structures, task, recipe, teacher=teacher, observer=Log())
-
-
-def judge(model: nn.Module, data: Dataset) -> Evaluation:
-    """A model on the validation part."""
-    with eval_mode(model):
-        return Classification(data).evaluate(lambda batch: model(batch[0]))
 
 
 def write_onnx(

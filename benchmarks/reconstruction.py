@@ -37,7 +37,8 @@ from structconv_cli.data.dataset import load_dataset
 from structconv_cli.data.spec import DataSpec
 from structconv_cli.json_file import write_json
 from structconv_cli.model.checkpoint import load_checkpoint
-from structconv_cli.onnx.export import INPUT, export_onnx
+from structconv_cli.model.signature import INPUT
+from structconv_cli.onnx.export import export_onnx
 from structconv_cli.onnx.probe import dense_kernel, layer_nodes, run_fed, session
 from structconv_cli.plan import read_plan
 from structconv_cli.planning.proposal import Planner, ProposalSettings
@@ -92,11 +93,14 @@ class Study:
             spec = DataSpec(str(self.options.data), mean=MEAN, std=STD)
             data = load_dataset(spec, channels=3)
             order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
+            train, _ = data.train.fetch(order[:6000])
+            test, labels = data.val.fetch(torch.arange(len(data.val)))
+            assert labels is not None
             np.savez(
                 file,
-                train=data.prepare(data.train.images[order[:6000]]).numpy(),
-                test=data.prepare(data.val.images).numpy(),
-                test_y=data.val.labels.numpy(),
+                train=data.prepare(train).numpy(),
+                test=data.prepare(test).numpy(),
+                test_y=labels.numpy(),
             )
         kept, count = np.load(file), self.options.images
         drawn = [kept["train"][count * i : count * (i + 1)] for i in range(self.options.draws)]

@@ -119,6 +119,9 @@ def test_the_table_fits_80_columns(nets: tuple[Path, Path], monkeypatch: Any) ->
 def test_rivals_and_their_accuracy(nets: tuple[Path, Path], tmp_path: Path) -> None:
     """The data's classes cannot be told apart, so that the biased model is right on a third."""
     biased = save_net(tmp_path / "biased.onnx", bias=0.0)
+    model = onnx.load(biased)
+    model.doc_string = "made\n  <b>by hand</b>."
+    onnx.save(model, biased)
     rng = np.random.default_rng(0)
     data = tmp_path / "data.npz"
     np.savez(data, x=rng.integers(0, 255, (60, 8, 8)).astype(np.uint8), y=np.arange(60) % 3)
@@ -129,6 +132,9 @@ def test_rivals_and_their_accuracy(nets: tuple[Path, Path], tmp_path: Path) -> N
     assert [model.name for model in result.models] == ["slow", "int8", "fp16", "biased"]
     assert {model.role for model in result.models[1:]} == {"rival"}
     assert "30 training images" in result.models[1].made
+    assert [model.file for model in result.models] == [str(nets[0]), "", "", str(biased)]
+    assert result.models[3].made == "made <b>by hand</b>"
+    assert "made <b>by hand</b>" not in benchmark_markdown(result)
     assert result.models[1].size_bytes < 0.5 * result.models[0].size_bytes
     assert result.models[2].size_bytes < 0.7 * result.models[0].size_bytes
     assert result.quality is not None
@@ -136,6 +142,28 @@ def test_rivals_and_their_accuracy(nets: tuple[Path, Path], tmp_path: Path) -> N
     scores = [model.score for model in result.models]
     assert all(score is not None and 0 <= score <= 100 for score in scores)
     assert scores[2] == pytest.approx(scores[0], abs=10)
+
+
+def test_a_given_rival_is_judged_on_the_data_of_the_run(
+    nets: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The rival says class 2 to every image, and a third of them are of it."""
+    out, data, rng = tmp_path / "run", tmp_path / "data.npz", np.random.default_rng(0)
+    np.savez(data, x=rng.random((60, 8, 8)).astype(np.float32), y=np.arange(60) % 3)
+    words = ["convert", nets[0], "--data", data, "--val-split", 0.5, "--out", out]
+    done = CliRunner().invoke(app, [*map(str, words), "--forms", "split+average"])
+    assert done.exit_code == 0, done.output
+    rival = onnx.load(nets[1])
+    (bias,) = (tensor for tensor in rival.graph.initializer if tensor.name == "head.bias")
+    bias.CopyFrom(numpy_helper.from_array(np.array([0, 0, 1e6], np.float32), "head.bias"))
+    onnx.save(rival, tmp_path / "rival.onnx")
+    done = run(out, *QUICK, "--against", tmp_path / "rival.onnx", "--json", "-")
+    assert done.exit_code == 0, done.output
+    result = from_json(done.stdout, BenchmarkResult)
+    assert result.quality is not None
+    assert (result.quality.data, result.quality.examples) == (str(data), 30)
+    assert [model.score is None for model in result.models] == [False] * 3
+    assert result.models[2].score == pytest.approx(100 / 3)
 
 
 def test_layers_are_joined_by_name(nets: tuple[Path, Path]) -> None:

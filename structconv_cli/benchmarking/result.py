@@ -40,7 +40,8 @@ class BenchmarkedModel:
             and is gone, empty.
         size_bytes: Size (bytes) of the file and of the external weight files it refers to.
         role: "baseline", "candidate" or "rival" (asked for by --against).
-        made: How a rival was made, in words; empty for a file that was given.
+        made: How a rival was made, in words; of a file that was given, what it says of itself (its
+            ONNX `doc_string`), and empty if it says nothing.
         score: The metric of `Quality` on the labelled data; None where it was not measured.
     """
 

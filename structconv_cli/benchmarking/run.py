@@ -137,7 +137,7 @@ def _describe(
     return tuple(
         BenchmarkedModel(
             name=subject.name,
-            file="" if subject.made else str(subject.file),
+            file=str(subject.file) if subject.is_kept else "",
             size_bytes=size_on_disk(f"Model '{subject.name}' ({subject.file})", subject.file),
             role="rival" if subject.is_rival else "candidate" if index else "baseline",
             made=subject.made,

@@ -1,7 +1,7 @@
 """Which models a benchmark is of: ONNX files, and the two of each run folder."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from structconv_cli.errors import BenchmarkError
@@ -18,8 +18,9 @@ class Subject:
         name: As it is called in the figures: unique.
         file: Its ONNX file.
         run: The run folder that it comes from; None for a file of its own.
-        made: How it was made, in words, where this benchmark made it.
+        made: How a rival was made, in words; empty if that is not known.
         is_rival: Whether --against asked for it.
+        is_kept: Whether its file is still there after the benchmark.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Subject:
     run: RunFolder | None = None
     made: str = ""
     is_rival: bool = False
+    is_kept: bool = True
 
 
 def find_subjects(paths: Sequence[Path]) -> tuple[Subject, ...]:
@@ -72,9 +74,7 @@ def distinct(subjects: Sequence[Subject]) -> tuple[Subject, ...]:
                 "copy it."
             )
     return tuple(
-        subject
-        if names.count(subject.name) == 1
-        else Subject(str(subject.file), subject.file, subject.run, subject.made, subject.is_rival)
+        subject if names.count(subject.name) == 1 else replace(subject, name=str(subject.file))
         for subject in subjects
     )
 

@@ -12,6 +12,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from structconv_cli.benchmarking.result import BenchmarkedModel
 from structconv_cli.html.figures import significant
+from structconv_cli.html.labels import place_labels
 from structconv_cli.html.svg import ACCENT, INK, MUTED, OTHER, PAPER, STYLE, inlined
 from structconv_cli.planning.prediction import Prediction
 from structconv_cli.timing.model_timing import ModelTiming
@@ -117,16 +118,18 @@ def judged_plot(
 
     def on(axes: Axes) -> None:
         axes.margins(x=0.2, y=0.25)
-        for model, timing in models:
-            colour = {"baseline": INK, "candidate": ACCENT}.get(model.role, OTHER)
+        points = [(timing.p50_ms, model.score or 0.0) for model, timing in models]
+        colours = [
+            {"baseline": INK, "candidate": ACCENT}.get(model.role, OTHER) for model, _ in models
+        ]
+        for (model, _), point, colour in zip(models, points, colours, strict=True):
             mark = {"baseline": "s", "candidate": "D"}.get(model.role, "o")
-            point = (timing.p50_ms, model.score or 0.0)
-            axes.plot(*point, mark, color=colour, markersize=6, clip_on=False, zorder=3)
-            _label(axes, model.name, point, colour, (0, 8), "center")
+            axes.plot(*point, mark, color=colour, markersize=6, clip_on=False, zorder=6)
         axes.set_xlim(left=0)
         axes.ticklabel_format(useOffset=False)
         axes.set_xlabel("median latency (ms)")
         axes.set_ylabel(_with_unit(metric, unit))
+        _label_all(axes, [model.name for model, _ in models], points, colours)
 
     words = ", ".join(
         f"{model.name} {model.score:.2f} at {significant(timing.p50_ms)} ms"
@@ -188,6 +191,24 @@ def _label(
         zorder=5,
         bbox={"boxstyle": "round,pad=0.1", "facecolor": PAPER, "edgecolor": "none", "alpha": 0.8},
     )
+
+
+def _label_all(
+    axes: Axes,
+    names: Sequence[str],
+    points: Sequence[tuple[float, float]],
+    colours: Sequence[str],
+) -> None:
+    """Names beside points, once the axes have their limits and labels."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()
+    inches = axes.get_window_extent().transformed(figure.dpi_scale_trans.inverted())
+    width, height = 72 * inches.width, 72 * inches.height
+    shown = [axes.transLimits.transform(point) * (width, height) for point in points]
+    boxes = place_labels(names, [(float(x), float(y)) for x, y in shown], width, height)
+    for name, point, (x, y), box, colour in zip(names, points, shown, boxes, colours, strict=True):
+        _label(axes, name, point, colour, (box.x + box.width / 2 - x, box.y - y), "center")
 
 
 def _colour(index: int, name: str, candidate: str) -> str:

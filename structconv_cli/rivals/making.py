@@ -1,5 +1,6 @@
 """Making the rivals that a user names: "int8", "fp16", or an ONNX file that is one already."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,12 @@ import numpy.typing as npt
 
 from structconv_cli.benchmarking.subjects import Subject
 from structconv_cli.errors import BenchmarkError
+from structconv_cli.onnx.file import load_onnx
 
 INT8, FLOAT16 = "int8", "fp16"
 MADE = (INT8, FLOAT16)
+_WORDS = 200
+"""Most characters of what a file says of itself."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +63,7 @@ def make_rivals(
 
     Raises:
         BenchmarkError: One cannot be made.
+        OnnxError: A file is no ONNX model.
     """
     return tuple(
         _make(name, original, folder, calibration, batch) for name in dict.fromkeys(against)
@@ -68,14 +73,22 @@ def make_rivals(
 def _make(
     name: str, original: Subject, folder: Path, calibration: Calibration, batch: int | None
 ) -> Subject:
+    if name not in MADE:
+        file = Path(name)
+        return Subject(file.stem, file, made=_own_words(file), is_rival=True)
     out = folder / f"{name}.onnx"
     if name == INT8:
         from structconv_cli.rivals.int8 import write_int8
 
         how = write_int8(original.file, out, calibration.feeds, batch)
-        return Subject(INT8, out, made=f"{how}, calibrated on {calibration.source}", is_rival=True)
-    if name == FLOAT16:
+        how += f", calibrated on {calibration.source}"
+    else:
         from structconv_cli.rivals.float16 import write_float16
 
-        return Subject(FLOAT16, out, made=write_float16(original.file, out), is_rival=True)
-    return Subject(Path(name).stem, Path(name), is_rival=True)
+        how = write_float16(original.file, out)
+    return Subject(name, out, made=how, is_rival=True, is_kept=False)
+
+
+def _own_words(file: Path) -> str:
+    """What an ONNX file says of itself, on one line."""
+    return textwrap.shorten(load_onnx(file).doc_string, _WORDS, placeholder="…").rstrip(".")
