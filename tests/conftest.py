@@ -1,6 +1,8 @@
 """Shared fixtures: a small model and dataset that the whole pipeline runs on in seconds."""
 
+import functools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch is imported, and for the processes that tests start: small tensors on a shared
@@ -10,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 import torch
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 TINY = """
 import torch
@@ -47,6 +50,15 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cache")
     os.environ["XDG_CACHE_HOME"] = str(folder)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_table_of_operators() -> Iterator[None]:
+    """The exporter makes the same table anew for every export, which takes most of a small one."""
+    with pytest.MonkeyPatch.context() as patch:
+        made_once = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
+        patch.setattr(ONNXRegistry, "from_torchlib", made_once)
+        yield
 
 
 @pytest.fixture(scope="session")
