@@ -20,6 +20,8 @@ from typer.testing import CliRunner, Result
 
 from structconv_cli import __version__
 from structconv_cli.cli import app
+from structconv_cli.data.dataset import load_dataset
+from structconv_cli.data.spec import DataSpec
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = [
@@ -28,8 +30,6 @@ SAMPLE = [
     str(ROOT / "sample_models/resnet_cifar.py") + ":resnet20",
     "--arch-arg",
     "in_channels=1",
-    "--data",
-    "digits",
 ]
 
 
@@ -60,10 +60,18 @@ def assert_error(result: Result, *told: str, status: int = 1) -> None:
 
 @pytest.fixture(scope="module")
 def sample_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The sample, converted as a real process in an empty folder."""
+    """The sample and some of its data, converted as a real process in an empty folder."""
     folder = tmp_path_factory.mktemp("sample")
+    digits = load_dataset(DataSpec("digits"), channels=1)
+    arrays = {}
+    for part, split, count in (("train", digits.train, 640), ("val", digits.val, 200)):
+        images, labels = split.fetch(torch.arange(count))
+        arrays[f"x_{part}"], arrays[f"y_{part}"] = images.movedim(1, -1).numpy(), labels.numpy()
+    data = tmp_path_factory.mktemp("data") / "digits.npz"
+    np.savez(data, **arrays)
+    words = ["convert", *SAMPLE, "--data", str(data), "--epochs", "2"]
     done = subprocess.run(
-        [sys.executable, "-m", "structconv_cli", "convert", *SAMPLE, "--epochs", "1"],
+        [sys.executable, "-m", "structconv_cli", *words],
         cwd=folder,
         capture_output=True,
         text=True,

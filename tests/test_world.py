@@ -15,6 +15,9 @@ from test_cli import run, tiny_words
 from structconv_cli.errors import TrainingError
 from structconv_cli.world import ALONE, World, check_batch_size
 
+LAUNCHER = ["torchrun", "--nproc-per-node", "2", "-m", "structconv_cli"]
+"""As the README has it."""
+
 LONG = ("--epochs=12", "--sr-epochs=4.5", "--augment=none")
 
 
@@ -35,10 +38,8 @@ def test_two_processes_write_one_run_like_that_of_one(
     alone: Path, tiny: Path, tmp_path: Path
 ) -> None:
     words = [*tiny_words(tiny, out=str(tmp_path / "run")), *LONG]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    done = subprocess.run(
-        [*launcher, "-m", "structconv_cli", *words], capture_output=True, text=True, check=False
-    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", *LAUNCHER[1:]]
+    done = subprocess.run([*launcher, *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("The rewrite is exact") == 1
     assert {entry.name for entry in tmp_path.iterdir()} == {"run"}
