@@ -1,6 +1,8 @@
 """Shared fixtures: a small model and dataset that the whole pipeline runs on in seconds."""
 
+import functools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch is imported, and for the processes that tests start: small tensors on a shared
@@ -10,6 +12,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+from structconv_cli.onnx import measure
+from structconv_cli.timing.settings import BenchmarkSettings
 
 TINY = """
 import torch
@@ -49,6 +56,24 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_table_of_operators() -> Iterator[None]:
+    """The exporter makes the same table anew for every export, which takes most of a small one."""
+    with pytest.MonkeyPatch.context() as patch:
+        made_once = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
+        patch.setattr(ONNXRegistry, "from_torchlib", made_once)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_rounds() -> Iterator[None]:
+    """Models that take microseconds need no rounds of 50 ms, after 300 ms to warm up."""
+    with pytest.MonkeyPatch.context() as patch:
+        short = functools.partial(BenchmarkSettings, round_ms=10, warmup_ms=30)
+        patch.setattr(measure, "BenchmarkSettings", short)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with tiny.py, tiny.pt (untrained weights) and data.npz (3 classes, 8x8, gray)."""
@@ -63,3 +88,31 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     x = rng.integers(0, 80, (240, 8, 8)) + 60 * y[:, None, None]
     np.savez(folder / "data.npz", x=x.astype(np.uint8), y=y)
     return folder
+
+
+@pytest.fixture(scope="session")
+def readers_files(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """model.py, model.pt and images/ of the README's and the guide's readers; to be copied."""
+    folder = tmp_path_factory.mktemp("reader")
+    source = (tiny / "tiny.py").read_text()
+    (folder / "model.py").write_text(
+        source + "\ndef build(classes):\n    return Tiny(3, classes)\n"
+    )
+    namespace: dict[str, object] = {}
+    exec(source, namespace)
+    torch.save(namespace["tiny"](3, 3).state_dict(), folder / "model.pt")  # type: ignore[operator]
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 24), ("val", 8)):
+        for label in range(3):
+            images = folder / "images" / part / f"class{label}"
+            images.mkdir(parents=True)
+            for index in range(count):
+                pixels = rng.integers(0, 80, (40, 32, 3)) + 60 * label
+                Image.fromarray(pixels.astype(np.uint8)).save(images / f"{index}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def quick() -> dict[str, dict[str, int]]:
+    """Other defaults, for commands that are run as they stand in the README or the guide."""
+    return {"benchmark": {"blocks": 1, "rounds": 6}, "plan": {"images": 48, "seconds": 2}}

@@ -3,9 +3,7 @@
 import json
 import os
 import pty
-import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -16,11 +14,14 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from forked import Command
 from PIL import Image
 from typer.testing import CliRunner, Result
 
 from structconv_cli import __version__
 from structconv_cli.cli import app
+from structconv_cli.data.dataset import load_dataset
+from structconv_cli.data.spec import DataSpec
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = [
@@ -29,24 +30,11 @@ SAMPLE = [
     str(ROOT / "sample_models/resnet_cifar.py") + ":resnet20",
     "--arch-arg",
     "in_channels=1",
-    "--data",
-    "digits",
 ]
 
 
 def run(*words: object) -> Result:
     return CliRunner(env={"COLUMNS": "80"}).invoke(app, [str(word) for word in words])
-
-
-def process(*words: object, cwd: Path, **kwargs: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "structconv_cli", *map(str, words)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        check=False,
-        **kwargs,  # type: ignore[call-overload]
-    )
 
 
 def tiny_words(tiny: Path, **changed: str | None) -> list[str]:
@@ -72,9 +60,23 @@ def assert_error(result: Result, *told: str, status: int = 1) -> None:
 
 @pytest.fixture(scope="module")
 def sample_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The sample, converted as a real process in an empty folder."""
+    """The sample and some of its data, converted as a real process in an empty folder."""
     folder = tmp_path_factory.mktemp("sample")
-    done = process("convert", *SAMPLE, "--epochs", 2, cwd=folder)
+    digits = load_dataset(DataSpec("digits"), channels=1)
+    arrays = {}
+    for part, split, count in (("train", digits.train, 640), ("val", digits.val, 200)):
+        images, labels = split.fetch(torch.arange(count))
+        arrays[f"x_{part}"], arrays[f"y_{part}"] = images.movedim(1, -1).numpy(), labels.numpy()
+    data = tmp_path_factory.mktemp("data") / "digits.npz"
+    np.savez(data, **arrays)
+    words = ["convert", *SAMPLE, "--data", str(data), "--epochs", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "structconv_cli", *words],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     # Nothing but what is told of long work.
     assert "Warning" not in done.stderr
@@ -112,12 +114,15 @@ def test_the_sample_converts_verifies_and_benchmarks(sample_run: Path) -> None:
     ]
     assert stages[-1]["evaluation"]["score"] >= stages[0]["evaluation"]["score"] - 2
 
-    verified = process("verify", cwd=sample_run)
+    with Command("verify", cwd=sample_run) as command:
+        verified = command.wait()
     assert verified.returncode == 0, verified.stderr
     assert "The rewrite is exact" in verified.stdout
     assert max(map(len, verified.stdout.splitlines())) <= 80
 
-    timed = process("benchmark", "--device", "cpu", "--rounds", 5, "--blocks", 1, cwd=sample_run)
+    words = ("benchmark", "--device", "cpu", "--rounds", 5, "--blocks", 1)
+    with Command(*words, cwd=sample_run) as command:
+        timed = command.wait()
     assert timed.returncode == 0, timed.stderr
     assert "median of paired rounds" in " ".join(timed.stdout.split())
     assert max(map(len, timed.stdout.splitlines())) <= 80
@@ -328,11 +333,9 @@ class TestBadInput:
         self.refused(tiny, "--lr", lr="1e30", epochs="2")
 
     def test_disk_full(self, tiny: Path, tmp_path: Path) -> None:
-        def limit() -> None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-
         words = tiny_words(tiny, out=str(self.out))
-        done = process(*words, cwd=tmp_path, preexec_fn=limit)
+        with Command(*words, cwd=tmp_path, most_bytes=4096) as command:
+            done = command.wait()
         assert done.returncode == 1, done.stdout + done.stderr
         assert "Traceback" not in done.stderr
         assert "Error:" in done.stderr
@@ -452,28 +455,18 @@ def test_ctrl_c_in_a_benchmark(tiny_copy: Path) -> None:
 def interrupt_at(stage: str, words: list[str], cwd: Path) -> tuple[int, str]:
     """Run on a terminal, press Ctrl-C when the stage shows, return the status and the screen."""
     terminal, theirs = pty.openpty()
-    child = subprocess.Popen(
-        [sys.executable, "-m", "structconv_cli", *words],
-        cwd=cwd,
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        start_new_session=True,
-        env=os.environ | {"TERM": "xterm", "COLUMNS": "80"},
-    )
-    os.close(theirs)
     shown, sent, deadline = b"", False, time.monotonic() + 60
-    try:
+    with Command(
+        *words, cwd=cwd, env={"TERM": "xterm", "COLUMNS": "80"}, terminal=theirs
+    ) as command:
+        os.close(theirs)
         while time.monotonic() < deadline:
             try:
                 shown += os.read(terminal, 4096)
             except OSError:
                 break
             if not sent and stage.encode() in shown:
-                os.killpg(child.pid, signal.SIGINT)
+                command.interrupt()
                 sent = True
-        return child.wait(20), shown.decode(errors="replace")
-    finally:
-        child.kill()
-        child.wait()
         os.close(terminal)
+        return command.wait(20).returncode, shown.decode(errors="replace")

@@ -12,8 +12,6 @@ from xml.etree import ElementTree
 import numpy as np
 import onnxruntime
 import pytest
-import torch
-from PIL import Image
 from typer.testing import CliRunner
 
 from structconv_cli.cli import app
@@ -32,27 +30,12 @@ def blocks(page: str, *languages: str) -> list[tuple[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def workplace(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """model.py, model.pt and images/ as the guide's reader would have them."""
-    place = tmp_path_factory.mktemp("guide")
-    source = (tiny / "tiny.py").read_text()
-    (place / "model.py").write_text(source + "\ndef build(classes):\n    return Tiny(3, classes)\n")
-    namespace: dict[str, object] = {}
-    exec(source, namespace)
-    torch.save(namespace["tiny"](3, 3).state_dict(), place / "model.pt")  # type: ignore[operator]
-    rng = np.random.default_rng(0)
-    for part, count in (("train", 24), ("val", 8)):
-        for label in range(3):
-            folder = place / "images" / part / f"class{label}"
-            folder.mkdir(parents=True)
-            for index in range(count):
-                pixels = rng.integers(0, 80, (32, 32, 3)) + 60 * label
-                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index}.png")
-    return place
+def workplace(readers_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(shutil.copytree(readers_files, tmp_path_factory.mktemp("guide") / "here"))
 
 
 @pytest.fixture(scope="module")
-def done(workplace: Path) -> Path:
+def done(workplace: Path, quick: dict[str, dict[str, int]]) -> Path:
     """The folder after the commands and snippets of these pages."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(workplace)
@@ -64,7 +47,7 @@ def done(workplace: Path) -> Path:
                 for line in block.splitlines():
                     words = shlex.split(line)
                     assert words[0] == "structconv"
-                    result = CliRunner().invoke(app, words[1:])
+                    result = CliRunner().invoke(app, words[1:], default_map=quick)
                     assert result.exit_code == 0, f"{line}\n{result.output}"
     return workplace
 

@@ -7,9 +7,7 @@ The networks are made here, their weights structured by least squares over the e
 import json
 import math
 import os
-import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -23,6 +21,7 @@ import onnxruntime
 import psutil
 import pytest
 import torch
+from forked import Command
 from onnx import TensorProto, helper, numpy_helper
 from test_onnx_lower import U, structured_weight
 from typer.testing import CliRunner, Result
@@ -648,20 +647,13 @@ def test_an_output_that_cannot_be_written(folder: Path) -> None:
 # Real processes that are cut short ----------------------------------------------------------
 
 
-def command(folder: Path, *words: str, **how: Any) -> "subprocess.Popen[str]":
+def command(folder: Path, *words: str, most_bytes: int | None = None) -> Command:
     """The command on a model that takes long to measure; its temporary files in `scratch`."""
     (folder / "lowered.onnx").write_bytes(OLD)
     (folder / "scratch").mkdir()
     words = ("lower", "model.onnx", "-o", "lowered.onnx", *words)
-    return subprocess.Popen(
-        [sys.executable, "-m", "structconv_cli", *words],
-        cwd=folder,
-        env={**os.environ, "TMPDIR": str(folder / "scratch")},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **how,
-    )
+    scratch = {"TMPDIR": str(folder / "scratch")}
+    return Command(*words, cwd=folder, env=scratch, most_bytes=most_bytes)
 
 
 @pytest.fixture
@@ -690,14 +682,14 @@ def test_ctrl_c_while_measuring(
     folder: Path, measuring: Callable[[Path], bool], group: bool, wait: Callable[..., None]
 ) -> None:
     """A terminal sends the signal to the whole group; `kill -INT` to the one process."""
-    process = command(folder, "--timings", "t.json", start_new_session=True)
-    wait(lambda: measuring(folder) or process.poll() is not None)
-    children = psutil.Process(process.pid).children(recursive=True)
-    (os.killpg if group else os.kill)(process.pid, signal.SIGINT)
-    out, error = process.communicate(timeout=30)
-    assert process.returncode == 130, error
-    assert "Traceback" not in out + error
-    assert "nothing was written to lowered.onnx" in words_of(error)
+    with command(folder, "--timings", "t.json") as process:
+        wait(lambda: measuring(folder) or not process.running)
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.interrupt(all_of_them=group)
+        ended = process.wait(30)
+    assert ended.returncode == 130, ended.stderr
+    assert "Traceback" not in ended.stdout + ended.stderr
+    assert "nothing was written to lowered.onnx" in words_of(ended.stderr)
     assert (folder / "lowered.onnx").read_bytes() == OLD
     # .ses is ONNX Runtime's own.
     assert {path.name for path in (folder / "scratch").iterdir()} <= {".ses"}
@@ -706,13 +698,10 @@ def test_ctrl_c_while_measuring(
 
 
 def test_a_full_disk(folder: Path) -> None:
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))
-
-    process = command(folder, *FIXED, preexec_fn=limit)
-    out, error = process.communicate(timeout=60)
-    assert process.returncode == 1, error
-    assert "Traceback" not in out + error
-    assert "File too large" in words_of(error)
+    with command(folder, *FIXED, most_bytes=2048) as process:
+        ended = process.wait()
+    assert ended.returncode == 1, ended.stderr
+    assert "Traceback" not in ended.stdout + ended.stderr
+    assert "File too large" in words_of(ended.stderr)
     assert (folder / "lowered.onnx").read_bytes() == OLD
     assert sorted(p.name for p in folder.iterdir()) == ["lowered.onnx", "model.onnx", "scratch"]

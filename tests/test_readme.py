@@ -2,15 +2,14 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from PIL import Image
+from test_world import LAUNCHER
 from typer.testing import CliRunner
 
 from structconv_cli.cli import app
@@ -27,27 +26,13 @@ def blocks(language: str) -> list[str]:
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, tiny: Path) -> Path:
-    """model.py, model.pt and images/ as the README's reader would have them."""
-    source = (tiny / "tiny.py").read_text()
-    (tmp_path / "model.py").write_text(
-        source + "\ndef build(classes):\n    return Tiny(3, classes)\n"
-    )
-    namespace: dict[str, object] = {}
-    exec(source, namespace)
-    torch.save(namespace["tiny"](3, 3).state_dict(), tmp_path / "model.pt")  # type: ignore[operator]
-    rng = np.random.default_rng(0)
-    for part, count in (("train", 30), ("val", 10)):
-        for label in range(3):
-            folder = tmp_path / "images" / part / f"class{label}"
-            folder.mkdir(parents=True)
-            for index in range(count):
-                pixels = rng.integers(0, 80, (40, 32, 3)) + 60 * label
-                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index}.png")
-    return tmp_path
+def workplace(readers_files: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(readers_files, tmp_path / "here"))
 
 
-def test_commands_and_snippets(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_and_snippets(
+    workplace: Path, quick: dict[str, dict[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(workplace)
     commands = [
         line.split("  #")[0]
@@ -58,12 +43,13 @@ def test_commands_and_snippets(workplace: Path, monkeypatch: pytest.MonkeyPatch)
     assert len([line for line in commands if line.startswith("structconv ")]) >= 6
     for line in commands:
         words = shlex.split(line)
+        if words[0] == "torchrun":
+            assert words[: len(LAUNCHER)] == LAUNCHER
+            words = ["structconv", *words[len(LAUNCHER) :]]
         if words[0] == "structconv":  # in this process: each start would take seconds
-            result = CliRunner().invoke(app, words[1:])
+            result = CliRunner().invoke(app, words[1:], default_map=quick)
             assert result.exit_code == 0, f"{line}\n{result.output}"
             continue
-        if words[0] == "torchrun":
-            words = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
         done = subprocess.run(words, cwd=workplace, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
     for snippet in blocks("python"):

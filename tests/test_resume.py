@@ -1,19 +1,15 @@
 """Conversions killed at any moment: what is kept, and that going on from it changes nothing."""
 
 import json
-import multiprocessing
 import random
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
-from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
 import torch
+from forked import Command, forked
 from test_cli import run, tiny_words
 from torch import nn
 
@@ -128,9 +124,9 @@ def test_a_state_of_another_attempt_is_not_gone_on_from(tmp_path: Path) -> None:
     assert replace(keeper, tried=(None,)).load() is None  # type: ignore[arg-type]
 
 
-def train_and_save(folder: Path, result: Path, begun: Event) -> None:
+def train_and_save(folder: Path, result: Path, begun: Path) -> None:
     """What a process that may be killed does."""
-    begun.set()
+    begun.touch()
     model, _ = train(unfinished(folder))
     torch.save(model.state_dict(), result)
 
@@ -138,17 +134,17 @@ def train_and_save(folder: Path, result: Path, begun: Event) -> None:
 def test_a_training_killed_ten_times_ends_the_same(
     uninterrupted: tuple[nn.Module, FineTuneResult], tmp_path: Path
 ) -> None:
-    # A server that has imported torch forks the processes: real ones, without the long start.
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload([__name__])
     moments, kept, result = random.Random(0), tmp_path / "kept", tmp_path / "result.pt"
     seconds = sum(stage.seconds for stage in uninterrupted[1].stages)
     kills = 0
     while not result.exists():
-        begun = processes.Event()
-        child = processes.Process(target=train_and_save, args=(kept, result, begun))
-        child.start()
-        assert begun.wait(60)
+        begun = tmp_path / f"begun {kills}"
+        child = forked(train_and_save, kept, result, begun)
+        deadline = time.monotonic() + 60
+        while not begun.exists():
+            assert time.monotonic() < deadline
+            assert child.is_alive()
+            time.sleep(0.002)
         if kills < 10:
             # Anywhere in the training: it goes on from later each time.
             time.sleep(moments.uniform(0, 0.3 * seconds))
@@ -172,17 +168,11 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def killed(words: list[str], partial: Path) -> None:
     """Start a conversion and kill it once it has kept an epoch."""
-    child = subprocess.Popen(
-        [sys.executable, "-m", "structconv_cli", *words],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 120
-    while not (partial / "training.pt").exists() and child.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
+    with Command(*words, cwd=partial.parent) as command:
+        deadline = time.monotonic() + 120
+        while not (partial / "training.pt").exists() and command.running:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
 
 
 LONG = ("--epochs=40", "--sr-epochs=4.5", "--seed=3")

@@ -1,8 +1,6 @@
 """Several processes that train one model: torchrun, and what happens when one of them dies."""
 
 import json
-import os
-import signal
 import socket
 import subprocess
 import sys
@@ -11,10 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import Command
 from test_cli import run, tiny_words
 
 from structconv_cli.errors import TrainingError
 from structconv_cli.world import ALONE, World, check_batch_size
+
+LAUNCHER = ["torchrun", "--nproc-per-node", "2", "-m", "structconv_cli"]
+"""As the README has it."""
 
 LONG = ("--epochs=12", "--sr-epochs=4.5", "--augment=none")
 
@@ -36,10 +38,8 @@ def test_two_processes_write_one_run_like_that_of_one(
     alone: Path, tiny: Path, tmp_path: Path
 ) -> None:
     words = [*tiny_words(tiny, out=str(tmp_path / "run")), *LONG]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    done = subprocess.run(
-        [*launcher, "-m", "structconv_cli", *words], capture_output=True, text=True, check=False
-    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", *LAUNCHER[1:]]
+    done = subprocess.run([*launcher, *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("The rewrite is exact") == 1
     assert {entry.name for entry in tmp_path.iterdir()} == {"run"}
@@ -67,36 +67,25 @@ def free_port() -> int:
 
 @pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_when_one_dies_the_other_says_so_and_stops(victim: int, tiny: Path, tmp_path: Path) -> None:
-    port = str(free_port())
     words = [*tiny_words(tiny, out=str(tmp_path / "run")), "--epochs=2000"]
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-m", "structconv_cli", *words],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ
-            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
-        )
-        for rank in range(2)
-    ]
-    try:
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with (
+        Command(*words, cwd=tmp_path, env=place | {"RANK": "0", "LOCAL_RANK": "0"}) as first,
+        Command(*words, cwd=tmp_path, env=place | {"RANK": "1", "LOCAL_RANK": "1"}) as second,
+    ):
+        processes = (first, second)
         deadline = time.monotonic() + 120
         while not (tmp_path / "run.partial/training.pt").exists():
             assert time.monotonic() < deadline
-            assert all(child.poll() is None for child in children), children[0].communicate()
+            assert first.running, first.wait()
+            assert second.running, second.wait()
             time.sleep(0.05)
-        children[victim].send_signal(signal.SIGKILL)
-        _, shown = children[1 - victim].communicate(timeout=60)
-    finally:
-        for child in children:
-            child.kill()
-            child.wait()
-    assert children[1 - victim].returncode == 1
-    assert f"process {1 - victim} lost the others" in " ".join(shown.split())
-    assert "--resume" in shown
-    assert "Traceback" not in shown
+        processes[victim].kill()
+        ended = processes[1 - victim].wait()
+    assert ended.returncode == 1
+    assert f"process {1 - victim} lost the others" in " ".join(ended.stderr.split())
+    assert "--resume" in ended.stderr
+    assert "Traceback" not in ended.stderr
     assert not (tmp_path / "run").exists()
     assert (tmp_path / "run.partial/training.pt").exists()
 

@@ -3,9 +3,6 @@
 import io
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 from structconv_cli.planning.prediction import Prediction
 from structconv_cli.whole_file import write_whole
 
@@ -14,6 +11,10 @@ _INK, _LINE, _CHOSEN = "#1f2328", "#0969da", "#bc4c00"
 
 def draw_curve(prediction: Prediction, path: Path) -> None:
     """Draw predicted loss against predicted latency, the plan marked, as a PNG."""
+    # Half a second, for which commands that draw nothing need not wait.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7.2, 4.5), dpi=144, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

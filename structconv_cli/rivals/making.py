@@ -91,4 +91,5 @@ def _make(
 
 def _own_words(file: Path) -> str:
     """What an ONNX file says of itself, on one line."""
-    return textwrap.shorten(load_onnx(file).doc_string, _WORDS, placeholder="…").rstrip(".")
+    words = textwrap.shorten(load_onnx(file).doc_string, _WORDS, placeholder="…").rstrip(".")
+    return words if words.isprintable() else ascii(words)

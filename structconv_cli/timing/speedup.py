@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import wilcoxon
 
 from structconv_cli.errors import BenchmarkError
 
@@ -153,6 +152,9 @@ def _interval(groups: Sequence[npt.NDArray[np.float64]], seed: int) -> tuple[flo
 
 def _differs(units: npt.NDArray[np.float64]) -> bool:
     """Whether Wilcoxon's signed-rank test says that they are not symmetric about 0."""
+    # Half a second, for which commands that compare nothing need not wait.
+    from scipy.stats import wilcoxon
+
     if not units.any():
         return False
     sizes = np.abs(units)
