@@ -6,8 +6,6 @@ Costs are counted here from the files that ONNX Runtime runs.
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
@@ -18,6 +16,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from forked import Command
 from onnx import helper, numpy_helper
 from PIL import Image
 from test_lower_command import network, value
@@ -259,14 +258,9 @@ def test_a_process_prints_the_prediction_as_json_and_leaves_the_model_alone(
     place: Place, first: Path, tmp_path: Path
 ) -> None:
     before = {path: path.read_bytes() for path in place.folder.iterdir() if path.is_file()}
-    command = [sys.executable, "-m", "structconv_cli", "plan", place.onnx, "--json", "-"]
-    ended = subprocess.run(
-        [*map(str, command), "--timings", str(place.timings)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    words = ("plan", place.onnx, "--json", "-", "--timings", place.timings)
+    with Command(*words, cwd=tmp_path) as command:
+        ended = command.wait()
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr == ""
     (tmp_path / "printed.json").write_text(ended.stdout)

@@ -29,7 +29,7 @@ STRUCTURES = {"0": Structure((1, 3, 3), (1, 2, 2)), "3": Structure((16, 3, 3), (
 
 def dataset() -> Dataset:
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (320, 1, 12, 12), dtype=torch.uint8, generator=generator)
+    images = torch.randint(0, 256, (160, 1, 12, 12), dtype=torch.uint8, generator=generator)
     split = Split(images, (images.float().mean((1, 2, 3)) > 127).long())
     return Dataset(split, split, ("dark", "light"), (0.5,), (0.25,))
 

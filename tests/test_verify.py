@@ -34,7 +34,7 @@ from structconv_cli.verify import VerifyResult, verify
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = ROOT / "sample_models"
-IMAGES = 100
+IMAGES = 32
 
 SPATIAL = "layer1.0.conv1"
 STRIDED = "layer2.0.conv1"

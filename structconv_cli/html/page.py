@@ -5,6 +5,7 @@ import keyword
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,16 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
 
 def render_page(run: RunResults) -> str:
     """A run's report as the text of an HTML file."""
+    return (
+        _environment()
+        .get_template("report.html")
+        .render({**_helpers(run), **_layers(run), **_plots(run), **_words(run), "run": run})
+    )
+
+
+@cache
+def _environment() -> Environment:
+    """The templates, which are compiled once."""
     environment = Environment(
         loader=PackageLoader("structconv_cli.html"),
         autoescape=True,
@@ -85,9 +96,7 @@ def render_page(run: RunResults) -> str:
     )
     environment.filters.update(title_case=_title_case, lower_first=_lower_first)
     environment.filters["without_stop"] = lambda words: words.rstrip().removesuffix(".")
-    return environment.get_template("report.html").render(
-        {**_helpers(run), **_layers(run), **_plots(run), **_words(run), "run": run}
-    )
+    return environment
 
 
 def _helpers(run: RunResults) -> dict[str, Any]:
