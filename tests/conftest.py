@@ -15,6 +15,9 @@ import torch
 from PIL import Image
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
+import structconv_cli.benchmarking.run  # noqa: F401 - for the class that `short_rounds` hides
+from structconv_cli.benchmarking import protocol
+from structconv_cli.benchmarking.protocol import Protocol
 from structconv_cli.onnx import measure
 from structconv_cli.timing.settings import BenchmarkSettings
 
@@ -75,11 +78,20 @@ def one_table_of_operators() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def short_rounds() -> Iterator[None]:
-    """Models that take microseconds need no rounds of 50 ms, after 300 ms to warm up."""
+def short_farewell() -> Iterator[None]:
+    """Workers whose loader was abandoned are waited for half a second, in place of torch's five."""
     with pytest.MonkeyPatch.context() as patch:
-        short = functools.partial(BenchmarkSettings, round_ms=10, warmup_ms=30)
-        patch.setattr(measure, "BenchmarkSettings", short)
+        patch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)
+        yield
+
+
+@pytest.fixture(scope="module")
+def short_rounds() -> Iterator[None]:
+    """Models of microseconds are timed in rounds of 10 ms, where no small difference matters."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module, settings in ((measure, BenchmarkSettings), (protocol, Protocol)):
+            short = functools.partial(settings, round_ms=10, warmup_ms=30)
+            patch.setattr(module, settings.__name__, short)
         yield
 
 

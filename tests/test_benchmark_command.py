@@ -22,6 +22,8 @@ from structconv_cli.json_file import from_json
 from structconv_cli.report.benchmark_markdown import benchmark_markdown
 from structconv_cli.timing.peak_rate import peak_macs_per_s
 
+pytestmark = pytest.mark.usefixtures("short_rounds")
+
 SCHEMA = Path(__file__).parents[1] / "docs/schema/benchmark.schema.json"
 QUICK = ["--rounds", "6", "--blocks", "1"]
 

@@ -23,6 +23,8 @@ from structconv_cli.cli import app
 from structconv_cli.data.dataset import load_dataset
 from structconv_cli.data.spec import DataSpec
 
+pytestmark = pytest.mark.usefixtures("short_rounds")
+
 ROOT = Path(__file__).parents[1]
 SAMPLE = [
     str(ROOT / "sample_models/resnet20_digits.pt"),

@@ -16,6 +16,8 @@ from typer.testing import CliRunner
 
 from structconv_cli.cli import app
 
+pytestmark = pytest.mark.usefixtures("short_rounds")
+
 GUIDE = Path(__file__).parents[1] / "docs" / "guide"
 PAGES = ("concepts", "converting", "targets", "report", "deploying", "limits")
 COMMANDS = ("converting", "targets", "report", "deploying")

@@ -19,6 +19,8 @@ from torch import nn
 from structconv_cli.onnx.export import export_onnx
 from structconv_cli.onnx.file import load_onnx, save_onnx
 
+pytestmark = pytest.mark.usefixtures("short_rounds")
+
 SIZE, CLASSES = 8, 3
 
 

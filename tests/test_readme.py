@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 
 from structconv_cli.cli import app
 
+pytestmark = pytest.mark.usefixtures("short_rounds")
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 

@@ -17,6 +17,8 @@ from structconv_cli.cli import app
 from structconv_cli.errors import TaskError
 from structconv_cli.tasks.user_task import UserTask
 
+pytestmark = pytest.mark.usefixtures("short_rounds")
+
 MODEL = """
 import torch
 from torch import nn

@@ -71,7 +71,7 @@ def converted(
     request = ConvertRequest(
         checkpoint=SAMPLES / "resnet20_digits.pt",
         architecture=Architecture(f"{SAMPLES / 'resnet_cifar.py'}:resnet20", {"in_channels": 1}),
-        data=DataSpec(str(folder / "digits.npz")),
+        data=DataSpec(str(folder / "digits.npz"), size=16),
         recipe=Recipe(epochs=0, regularised=0),
         n=2,
         channels=1.0,

@@ -5,6 +5,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -34,14 +36,38 @@ def alone(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_two_processes_write_one_run_like_that_of_one(
-    alone: Path, tiny: Path, tmp_path: Path
-) -> None:
-    words = [*tiny_words(tiny, out=str(tmp_path / "run")), *LONG]
+def by_torchrun(words: list[str], folder: Path) -> str:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", *LAUNCHER[1:]]
     done = subprocess.run([*launcher, *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("The rewrite is exact") == 1
+    return done.stdout
+
+
+def by_hand(words: list[str], folder: Path) -> str:
+    with both(words, folder) as processes:
+        ended = [process.wait(120) for process in processes]
+    assert [end.returncode for end in ended] == [0, 0], ended
+    return "".join(end.stdout for end in ended)
+
+
+@contextmanager
+def both(words: list[str], folder: Path) -> Iterator[tuple[Command, Command]]:
+    """Two processes in the environment that torchrun gives them."""
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with (
+        Command(*words, cwd=folder, env=place | {"RANK": "0", "LOCAL_RANK": "0"}) as first,
+        Command(*words, cwd=folder, env=place | {"RANK": "1", "LOCAL_RANK": "1"}) as second,
+    ):
+        yield first, second
+
+
+@pytest.mark.parametrize("start", [by_hand, pytest.param(by_torchrun, marks=pytest.mark.slow)])
+def test_two_processes_write_one_run_like_that_of_one(
+    start: Callable[[list[str], Path], str], alone: Path, tiny: Path, tmp_path: Path
+) -> None:
+    words = [*tiny_words(tiny, out=str(tmp_path / "run")), *LONG]
+    printed = start(words, tmp_path)
+    assert printed.count("The rewrite is exact") == 1
     assert {entry.name for entry in tmp_path.iterdir()} == {"run"}
     assert {entry.name for entry in (tmp_path / "run").iterdir()} == {
         entry.name for entry in alone.iterdir()
@@ -68,17 +94,11 @@ def free_port() -> int:
 @pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_when_one_dies_the_other_says_so_and_stops(victim: int, tiny: Path, tmp_path: Path) -> None:
     words = [*tiny_words(tiny, out=str(tmp_path / "run")), "--epochs=2000"]
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    with (
-        Command(*words, cwd=tmp_path, env=place | {"RANK": "0", "LOCAL_RANK": "0"}) as first,
-        Command(*words, cwd=tmp_path, env=place | {"RANK": "1", "LOCAL_RANK": "1"}) as second,
-    ):
-        processes = (first, second)
+    with both(words, tmp_path) as processes:
         deadline = time.monotonic() + 120
         while not (tmp_path / "run.partial/training.pt").exists():
             assert time.monotonic() < deadline
-            assert first.running, first.wait()
-            assert second.running, second.wait()
+            assert all(process.running for process in processes), processes[0].wait()
             time.sleep(0.05)
         processes[victim].kill()
         ended = processes[1 - victim].wait()
