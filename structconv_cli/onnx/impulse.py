@@ -64,9 +64,7 @@ def impulse_response(
     edges = np.cumsum([size for _, size in ins])[:-1]
 
     shared = places.windows(width)
-    extent = places.extent(shared)
-    far = tuple(max(window[axis] for window in shared) for axis in range(len(sizes)))
-    read = tuple(first + more for first, more in zip(places.read, far, strict=True))
+    extent, read = places.extent(shared[-1]), places.output(shared[-1])
 
     def respond(x: Array) -> Array:
         blocks = np.split(x.reshape(len(x), total, *extent), edges, axis=1)
@@ -147,7 +145,8 @@ class _Places:
         return cls(tuple(read), tuple(taps), steps, free)
 
     def windows(self, most: int) -> list[tuple[int, ...]]:
-        """Windows, counted from the first, of which no two share an input position."""
+        """Windows, counted from the first, of which no two share an input position; the last one
+        is the last along every axis."""
         counts: list[int] = []
         for free in self.free:
             counts.append(min(free, -(-most // prod(counts))))
@@ -164,12 +163,9 @@ class _Places:
         """The output position of a window."""
         return tuple(first + shift for first, shift in zip(self.read, window, strict=True))
 
-    def extent(self, windows: Sequence[Sequence[int]]) -> tuple[int, ...]:
-        """Sizes of an input that holds these windows."""
-        return tuple(
-            taps[-1] + 1 + step * max(window[axis] for window in windows)
-            for axis, (taps, step) in enumerate(zip(self.taps, self.steps, strict=True))
-        )
+    def extent(self, window: Sequence[int]) -> tuple[int, ...]:
+        """Sizes of an input that ends with a window."""
+        return tuple(place + 1 for place in self.input(window, [-1] * len(self.taps)))
 
 
 def _chunks(items: list[tuple[int, ...]], size: int) -> Iterator[list[tuple[int, ...]]]:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from structconv_cli.benchmarking.subjects import Subject
 from structconv_cli.errors import BenchmarkError
 from structconv_cli.onnx.file import load_onnx
+from structconv_cli.onnx.messages import printable
 
 INT8, FLOAT16 = "int8", "fp16"
 MADE = (INT8, FLOAT16)
@@ -92,4 +93,4 @@ def _make(
 def _own_words(file: Path) -> str:
     """What an ONNX file says of itself, on one line."""
     words = textwrap.shorten(load_onnx(file).doc_string, _WORDS, placeholder="…").rstrip(".")
-    return words if words.isprintable() else ascii(words)
+    return printable(words, most=_WORDS)
