@@ -61,6 +61,7 @@ class Training:
         self.schedule = Schedule(recipe, max(1, task.steps // recipe.accumulate))
         self.descent = Descent(structured_parameters(model, structures), self.schedule)
         self.teacher = None
+        self._features: Features | None = None
         if (recipe.distillation or recipe.hints) and recipe.epochs:
             self.teacher = hardware.place(teacher or copy.deepcopy(model)).eval()
         self.epoch = self.step = 0
@@ -78,7 +79,6 @@ class Training:
                     multi_avg_fn=get_ema_multi_avg_fn(recipe.averaging),  # type: ignore[no-untyped-call]
                 )
             # Behind all copies of the model, which would take hooks with them.
-            self._features = None
             if recipe.hints and self.teacher is not None:
                 self._features = Features(model, self.teacher, structures)
             self._runner: nn.Module = torch.compile(model) if hardware.compiled else model  # type: ignore[assignment]
@@ -137,7 +137,7 @@ class Training:
 
     def close(self) -> None:
         """Leave nothing of the training on the models."""
-        if self.recipe.epochs and self._features is not None:
+        if self._features is not None:
             self._features.close()
 
     @property
