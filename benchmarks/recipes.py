@@ -6,14 +6,14 @@
 ResNet-20 (or 56) on CIFAR-10 as JPEG files, every 3x3 convolution but the stem to n=2 (2.2 times
 fewer MACs). Each recipe is the default but for what its name says (`RECIPES`). Results are kept in
 WORK, one file each; `table` prints them in Markdown. `dense` is the original tuned as long, without
-structure: what the epochs themselves bring.
+structure: what the epochs themselves bring. A run that was stopped goes on from its last epoch when
+it is started again.
 
 Steps are computed in bfloat16 unless --precision fp32 is given: half of the time here.
 """
 
 import argparse
 import copy
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,6 +38,7 @@ from structconv_cli.training.finetune import finetune
 from structconv_cli.training.hardware import Hardware
 from structconv_cli.training.recipe import Recipe
 from structconv_cli.training.record import FineTuneResult
+from structconv_cli.unfinished import Unfinished
 
 BASE = Recipe(1, 0.0, augment=("crop", "flip"))
 
@@ -92,7 +93,7 @@ class Outcome:
         return self.network, self.result.recipe.epochs, -self.score
 
 
-def run(options: argparse.Namespace, name: str) -> Outcome:
+def run(options: argparse.Namespace, name: str, unfinished: Unfinished) -> Outcome:
     changes = dict(RECIPES[name])
     share = changes.pop("regularised", 0.0)
     start = changes.pop("start", "")
@@ -113,12 +114,18 @@ def run(options: argparse.Namespace, name: str) -> Outcome:
     original = model.float().eval()
     if start == "least squares":
         model = fitted(original, structures, task)
-    hardware = Hardware(precision=options.precision)
-    begun = time.perf_counter()
     _, result = finetune(
-        model, structures, task, recipe, hardware=hardware, observer=Log(), teacher=original
+        model,
+        structures,
+        task,
+        recipe,
+        hardware=Hardware(precision=options.precision),
+        keeper=unfinished,
+        observer=Log(),
+        teacher=original,
     )
-    return Outcome(options.network, name, options.precision, time.perf_counter() - begun, result)
+    seconds = sum(stage.seconds for stage in result.stages)
+    return Outcome(options.network, name, options.precision, seconds, result)
 
 
 def fitted(
@@ -167,7 +174,10 @@ def main() -> None:
         file = options.work / f"{options.network}-{options.epochs}-{name}-{options.seed}.json"
         if options.part == "run" and not file.exists():
             print(f"== {name}", flush=True)
-            write_json(run(options, name), file)
+            unfinished = Unfinished(file.with_suffix(".partial"), {})
+            unfinished.path.mkdir(exist_ok=True)
+            write_json(run(options, name, unfinished), file)
+            unfinished.discard()
     table(options.work)
 
 
