@@ -19,6 +19,11 @@ from structconv_cli.training.hardware import Hardware
 from structconv_cli.training.recipe import Recipe
 from structconv_cli.training.record import FineTuneResult
 
+NOISE = 'The "real inputs" that the run folder keeps are noise, for lack of data.'
+UNLABELLED = (
+    "The images have no labels, so accuracy is unmeasured; how far the outputs are from the "
+    "original's is."
+)
 _SLIMMED = "only the channels that it reads were left to it"
 
 

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import onnx
 import torch
 
-from structconv_cli.conversion_steps import NOISE, UNLABELLED
+from structconv_cli.conversion import NOISE, UNLABELLED
 from structconv_cli.data.dataset import Dataset, load_dataset
 from structconv_cli.data.hold_out import load_or_hold_out
 from structconv_cli.data.spec import DataSpec

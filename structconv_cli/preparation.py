@@ -9,8 +9,7 @@ import onnx
 import torch
 from torch import nn
 
-from structconv_cli.conversion import ConvertRequest
-from structconv_cli.conversion_steps import NOISE, UNLABELLED
+from structconv_cli.conversion import NOISE, UNLABELLED, ConvertRequest
 from structconv_cli.data.dataset import Dataset, load_dataset
 from structconv_cli.data.hold_out import load_or_hold_out
 from structconv_cli.data.spec import DataSpec

@@ -21,8 +21,7 @@ from pydantic import TypeAdapter
 from structconv_cli.conversion import ConvertRequest
 from structconv_cli.errors import RunFolderError
 from structconv_cli.json_file import read_json, write_json
-from structconv_cli.plan import Plan
-from structconv_cli.planning.prediction import Prediction
+from structconv_cli.plan_choice import Tried
 from structconv_cli.run_folder import partial_folder
 
 FORMAT = "structconv-partial/1"
@@ -32,23 +31,6 @@ _FREE = ("out", "force", "resume", "command", "hardware", "lowering", "data.work
 """What may change between the beginning and the end without changing what is tuned."""
 _RATE = "recipe.learning_rate"
 """May change too: the remedy where a loss diverges."""
-
-
-@dataclass(frozen=True)
-class Tried:
-    """A plan that was, or is being, carried out.
-
-    Attributes:
-        plan: the plan.
-        prediction: what it is predicted to do; None for a plan from a file or a rule.
-        most_loss: the loss that it was made for; None without `--max-drop`.
-        drop: how much was lost after fine-tuning; None while it is tuned.
-    """
-
-    plan: Plan
-    prediction: Prediction | None = None
-    most_loss: float | None = None
-    drop: float | None = None
 
 
 @dataclass(frozen=True)

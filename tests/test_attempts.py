@@ -8,9 +8,9 @@ import pytest
 from test_plan_command import Place, convert, done, place, run
 from typer.testing import Result
 
-from structconv_cli.attempts import MOST_ATTEMPTS
 from structconv_cli.json_file import read_json
 from structconv_cli.plan import read_plan
+from structconv_cli.plan_choice import MOST_TRIED
 from structconv_cli.planning.prediction import Prediction
 from structconv_cli.run_folder import RunFolder
 
@@ -26,7 +26,7 @@ def notes_of(folder: Path) -> list[str]:
     return list(json.loads((folder / "convert.json").read_text())["notes"])
 
 
-GIVEN_UP = re.compile(r"a plan ([0-9.]+) times as fast lost ([0-9.]+) points")
+GIVEN_UP = re.compile(r"A plan ([0-9.]+) times as fast lost ([0-9.]+) points")
 
 
 LEARN_NOTHING = ("--epochs=1", "--lr=0")
@@ -71,7 +71,7 @@ def test_a_plan_that_loses_too_much_is_given_up_for_a_lighter_one(
         for found in GIVEN_UP.findall(note)
     ]
     # The first plan for this drop may hold it at once: it need not be the fastest of all.
-    assert len(tried) < MOST_ATTEMPTS
+    assert len(tried) < MOST_TRIED
     assert all(drop > most for _, drop in tried)
     losses = [read_json(run.prediction, Prediction).loss for run in (folder, fastest)]
     assert losses[0] <= losses[1]

@@ -2,8 +2,8 @@
 
 import pytest
 
-from structconv_cli.conversion_steps import target_notes
 from structconv_cli.cost import Cost
+from structconv_cli.finishing import target_notes
 from structconv_cli.planning.targets import Targets
 
 BEFORE = Cost(1000, 900, 100)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from structconv_cli.artifacts import PLAN_KEY, load_artifacts
 from structconv_cli.conversion import ConvertRequest, ConvertResult
-from structconv_cli.convert import convert, verify_run
+from structconv_cli.convert import convert
 from structconv_cli.data.dataset import load_dataset
 from structconv_cli.data.spec import DataSpec
 from structconv_cli.errors import RunFolderError, StructconvError
@@ -28,6 +28,7 @@ from structconv_cli.model.architecture import Architecture
 from structconv_cli.onnx.lower import Lowering, LoweringSettings
 from structconv_cli.plan import LayerPlan, Plan, read_plan
 from structconv_cli.run_folder import RunFolder
+from structconv_cli.run_verification import verify_run
 from structconv_cli.structure import Structure
 from structconv_cli.training.recipe import Recipe
 from structconv_cli.verify import VerifyResult, verify

@@ -16,9 +16,9 @@ def verify(run: options.Run = Path("structconv-run"), json: options.Json = None)
     Exit status 3 if it is not exact. The result is also written to verify.json in the run folder.
     """
     with failures():
-        from structconv_cli.convert import verify_run
         from structconv_cli.json_file import to_json
         from structconv_cli.report.verification import verify_report
+        from structconv_cli.run_verification import verify_run
         from structconv_cli.terminal import observer_for
 
         check_outputs(json=json)
