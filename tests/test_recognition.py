@@ -164,8 +164,16 @@ def test_equal_ones_are_one_answer(nets: Path):
     assert "twin" in found.note
 
 
-@pytest.mark.parametrize("other", ["strided", "reflecting", "other_eps", "relu6"])
-def test_equal_tensors_with_another_computation_are_asked_about(nets: Path, other: str):
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        ("strided", "stem has stride=(1,1) in the first and stride=(2,2) in the second"),
+        ("reflecting", "stem has padding_mode='zeros' in the first and padding_mode='reflect'"),
+        ("other_eps", "norm has eps=1e-05 in the first and eps=0.001 in the second"),
+        ("relu6", "act is ReLU in the first and ReLU6 in the second"),
+    ],
+)
+def test_equal_tensors_with_another_computation_are_asked_about(nets: Path, other: str, told: str):
     known = of(Architecture(f"{nets}:plain"), Architecture(f"{nets}:{other}"))
     tensors = weights(f"{nets}:{other}", num_classes=4)
     with pytest.raises(AmbiguousArchitectureError) as raised:
@@ -173,7 +181,8 @@ def test_equal_tensors_with_another_computation_are_asked_about(nets: Path, othe
     message = str(raised.value)
     assert f"{nets}:plain (num_classes=4)" in message
     assert f"{nets}:{other} (num_classes=4)" in message
-    assert "--arch" in message
+    assert f"--arch {nets}:plain or --arch {nets}:{other}:" in message
+    assert told in message
     assert len(raised.value.classes) == 2
     # What the file says, or is called, decides; other words do not.
     for names in ([other], ["model.pt", f"{other}-f37072fd.pth"], [f"{other}.tag", "plain.pt"]):

@@ -49,19 +49,23 @@ def describe(model: nn.Module) -> Description:
 def module_lines(model: nn.Module) -> Iterator[str]:
     """One line for each module: its name, class and settings."""
     for name, module in model.named_modules():
-        settings = " ".join(_settings(module))
-        yield f"{name or 'the model'}: {_named(type(module))} {settings}".rstrip()
+        words = " ".join(f"{key}={value}" for key, value in settings(module).items())
+        yield f"{name or 'the model'}: {_named(type(module))} {words}".rstrip()
 
 
-def _settings(module: nn.Module) -> Iterator[str]:
-    for key, value in sorted(vars(module).items()):
-        if not key.startswith("_") and key not in _IGNORED:
-            yield f"{key}={_plain(value)}"
+def settings(module: nn.Module) -> dict[str, str]:
+    """What a module's outputs may depend on besides its tensors, as text, by name."""
+    found = {
+        key: _plain(value)
+        for key, value in sorted(vars(module).items())
+        if not key.startswith("_") and key not in _IGNORED
+    }
     unsaved = module._non_persistent_buffers_set
     for key, buffer in module.named_buffers(recurse=False):
         if key in unsaved and not buffer.is_meta and buffer.numel() < _MOST_HASHED:
             data = buffer.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-            yield f"{key}={hashlib.blake2b(data, digest_size=8).hexdigest()}"
+            found[key] = hashlib.blake2b(data, digest_size=8).hexdigest()
+    return found
 
 
 def _plain(value: object) -> str:

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from structconv_cli.errors import ArchitectureError
 from structconv_cli.model.architecture import Architecture
+from structconv_cli.model.fitting import CHANNELS, CLASSES
 from structconv_cli.model.library import LIBRARIES, installed
 from structconv_cli.model.recognition.catalogue import sample_architectures
+from structconv_cli.model.recognition.difference import difference
 from structconv_cli.model.recognition.index import Entry
 from structconv_cli.model.recognition.indexing import describe_architecture, installed_entries
 from structconv_cli.model.recognition.match import (
@@ -19,7 +21,7 @@ from structconv_cli.model.recognition.match import (
     unwrapped,
     wrapper_prefixes,
 )
-from structconv_cli.model.recognition.same_outputs import classes_of_equal, difference
+from structconv_cli.model.recognition.same_outputs import classes_of_equal
 from structconv_cli.model.skeleton import Shape, shapes_of, skeleton
 from structconv_cli.progress import SILENT, Observer
 
@@ -148,13 +150,22 @@ def _choose(
         ]
         if len(telling) == 1:
             return telling[0], name
-    lines = ", or ".join(_any_of(each) for each in classes[:_MOST_SHOWN])
+    shown = classes[:_MOST_SHOWN]
     raise AmbiguousArchitectureError(
-        f"Several architectures have tensors of the file's names and shapes, and compute different "
-        f"things from them: {lines}. They differ, for example, in "
-        f"{difference(classes[0][0], classes[1][0])}. Say with --arch (and --arch-arg) which one "
-        "the weights were trained in: with another one the model's outputs are wrong.",
+        "The file's tensors fit architectures that compute different things from them: "
+        f"{', or '.join(map(_any_of, shown))}. For example, "
+        f"{difference(classes[0][0], classes[1][0])}. Give the one that the weights were trained "
+        f"in, {' or '.join(_option(each[0]) for each in shown)}: with another one the model's "
+        "outputs are wrong.",
         classes,
+    )
+
+
+def _option(architecture: Architecture) -> str:
+    """As on the command line, without what is read from the weights in any case."""
+    given = {k: v for k, v in architecture.arguments.items() if k not in (*CLASSES, *CHANNELS)}
+    return f"--arch {architecture.reference}" + "".join(
+        f" --arch-arg {key}={value}" for key, value in given.items()
     )
 
 

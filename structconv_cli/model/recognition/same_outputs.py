@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from structconv_cli.errors import ArchitectureError
 from structconv_cli.model.architecture import Architecture
-from structconv_cli.model.recognition.description import module_lines
 from structconv_cli.model.signature import tensors_of
 from structconv_cli.model.skeleton import skeleton
 
@@ -62,16 +61,6 @@ def classes_of_equal(
     return [members for _, members in groups]
 
 
-def difference(one: Architecture, other: Architecture) -> str:
-    """The first difference between two architectures' modules, in words."""
-    for here, there in zip(
-        module_lines(skeleton(one)), module_lines(skeleton(other)), strict=False
-    ):
-        if here != there:
-            return f"{_cut(here)} against {_cut(there)}"
-    return "their numbers of modules"
-
-
 def _outputs(model: nn.Module) -> list[list[Tensor] | None]:
     """Its outputs for each of the images; None for a size that it does not take."""
     channels = next((value.shape[1] for value in model.state_dict().values() if value.ndim == 4), 3)
@@ -110,7 +99,3 @@ def _close(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
         if not float((here - there).norm()) <= _TOLERANCE * spread:
             return False
     return True
-
-
-def _cut(line: str) -> str:
-    return line if len(line) <= 120 else f"{line[:117]}..."
