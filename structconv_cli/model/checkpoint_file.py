@@ -22,6 +22,7 @@ from structconv_cli.model.pickle_records import Instance, Pickled, PickleError, 
 from structconv_cli.model.pickled_module import attributes_of, class_name, is_module, module_state
 from structconv_cli.model.tensor_records import ForeignError, TensorReader, is_tensor
 from structconv_cli.model.torch_file import open_torch_file
+from structconv_cli.model.torchvision_operators import declare_missing_operators
 from structconv_cli.zip_archive import ArchiveError, legible, require_room, shown, told
 
 
@@ -86,6 +87,7 @@ def unpickle_module(path: Path) -> nn.Module:
             f"The checkpoint {path} is {kind.words}, which needs no trust: leave out "
             "--trust-pickle."
         )
+    declare_missing_operators()
     try:
         with path.open("rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -230,11 +230,12 @@ def _forward_failure(model: nn.Module, inputs: Sequence[torch.Tensor], error: Ex
     if len(inputs) == 1 and wanted is not None and first.ndim > 1 and wanted != first.shape[1]:
         return (
             f"the model's first convolution takes {wanted} channels, but the images have "
-            f"{first.shape[1]} (shape {shapes}). Give data with {wanted} channels, or build the "
-            f"model for {first.shape[1]} (--arch-arg)."
+            f"{first.shape[1]} (shape {shapes}). Give data with {wanted} channels (without data, "
+            f"--input-shape 1x{wanted}x224x224 or the like), or build the model for "
+            f"{first.shape[1]} (--arch-arg)."
         )
     what = "images of shape" if len(inputs) == 1 else f"{len(inputs)} inputs of shapes"
     return (
         f"the model does not run on {what} {shapes}: {one_line(error)}. "
-        "Check --size and --arch-arg."
+        "Check --size (without data, --input-shape) and --arch-arg."
     )

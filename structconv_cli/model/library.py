@@ -107,8 +107,7 @@ def _imported(library: Library) -> Any:
             f"The architectures of {library} need the package {library}, which is not installed: "
             f"`pip install {library}`."
         )
-    if importlib.util.find_spec("torchvision") is not None:  # which timm imports too
-        declare_missing_operators()
+    declare_missing_operators()  # timm imports torchvision too
     try:
         return importlib.import_module(library)
     except (Exception, SystemExit) as error:

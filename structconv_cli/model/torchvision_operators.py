@@ -19,7 +19,8 @@ _declared: list[torch.library.Library] = []
 
 
 def declare_missing_operators() -> None:
-    """Declare the operators that importing torchvision asks for, if it cannot load its own.
+    """Declare the operators that importing torchvision asks for, if it is installed and cannot load
+    its own.
 
     Running one of them then fails with torch's message that it has no implementation.
     """
