@@ -95,8 +95,8 @@ def identify(path: Path) -> Kind:
 def damaged(path: Path, error: Exception) -> CheckpointError:
     """The error for a file that is damaged, or made to harm."""
     return CheckpointError(
-        f"The checkpoint {path} {told(error)}: it is truncated, damaged or not what torch writes. "
-        "Copy or save it again."
+        f"The checkpoint {path} {told(error)}. If it was truncated or damaged on its way, copy it "
+        "again; else save it again with torch."
     )
 
 
