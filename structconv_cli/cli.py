@@ -5,6 +5,7 @@ Exit status: 0 done; 1 the input, the files or the machine do not allow it (one 
 """
 
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -45,6 +46,8 @@ app.command(epilog="Example: structconv report structconv-run --out report.html"
 
 def main() -> None:
     """Run the command line."""
+    # Copying a traced program, torch warns of its own code.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")
     try:
         app(prog_name="structconv")
     except KeyboardInterrupt:

@@ -89,6 +89,15 @@ def test_an_exported_program_needs_no_architecture(place: Path) -> None:
     assert {node.op_type for node in graph.graph.node} >= {"Conv", "Gemm"}
 
 
+def test_what_an_exported_program_cannot_take_back_is_told_once(place: Path) -> None:
+    model = trained(place)
+    torch.nn.utils.parametrizations.weight_norm(model[2])  # type: ignore[index]
+    save("exported", model, place / "file")
+    _, notes = open_source(place / "file", None).graph({})
+    assert [("folded_weight" in note) for note in notes].count(True) == 1
+    assert len(set(notes)) == len(notes)
+
+
 def test_a_pickled_module_is_only_unpickled_if_the_user_says_so(place: Path) -> None:
     model = trained(place)
     save("module", model, place / "file")

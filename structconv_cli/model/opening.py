@@ -36,7 +36,8 @@ class Opened:
         architecture: what built the model, with the arguments that were found from the weights;
             None where the file itself holds the model.
         notes: what was found rather than told, one sentence each.
-        program: the plain model of an exported program; None for other files.
+        program: the plain model of an exported program, with notes of its own; None for other
+            files.
         shapes: sizes of the inputs of an exported program, the batch first; else none.
     """
 
@@ -114,8 +115,7 @@ def _program(path: Path) -> Opened:
     example = [torch.randn(2, *shape[1:]) for shape in guess.shapes.values()]
     found = trainable(program, *example)
     model = found.model.float().eval()
-    notes = (*checkpoint.notes, *found.notes)
-    return Opened(model, checkpoint, None, notes, found, guess.shapes)
+    return Opened(model, checkpoint, None, checkpoint.notes, found, guess.shapes)
 
 
 def _unpickled(path: Path) -> Opened:
