@@ -69,6 +69,17 @@ NETS = """
         net = Net()
         net.register_buffer("offset", torch.ones(3), persistent=False)
         return net
+    def in_place():
+        "Random weights, changes in place of parameters' shapes, and of what is none."
+        net = Net()
+        net.stem.weight.data.mul_(2)
+        nn.init.orthogonal_(net.head.weight)
+        net.scale = nn.Parameter(torch.zeros(1, 8).fill_(3).squeeze_(0))
+        with torch.no_grad():
+            net.scale.unsqueeze_(0).t_()
+            net.scale.uniform_(1, 2)
+        net.register_buffer("offset", torch.ones(3).mul_(2).add_(1), persistent=False)
+        return net
 """
 
 
@@ -254,6 +265,13 @@ def test_skeletons_have_shapes_and_no_weights(nets: Path):
     whole = skeleton(Architecture(f"{nets}:computing"))
     assert not any(parameter.is_meta for parameter in whole.parameters())
     assert shapes_of(bare.state_dict()) == shapes_of(whole.state_dict())
+    changed = Architecture(f"{nets}:in_place")
+    bare, whole = skeleton(changed), build_model(changed)
+    assert all(parameter.is_meta for parameter in bare.parameters())
+    assert bare.offset.tolist() == [3, 3, 3]
+    assert shapes_of(bare.state_dict()) == shapes_of(whole.state_dict())
+    assert bare.state_dict()["scale"].shape == (8, 1)
+    assert describe(bare) == describe(whole)
     assert not nn.Linear(2, 2).weight.is_meta  # only inside
 
 

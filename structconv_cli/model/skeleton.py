@@ -1,11 +1,13 @@
 """A model without the memory of its weights: to see its modules and the shapes of its tensors."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
 from structconv_cli.errors import ArchitectureError
 from structconv_cli.model.architecture import Architecture, build_model
@@ -23,7 +25,7 @@ def skeleton(architecture: Architecture) -> nn.Module:
         ArchitectureError: as `build_model`.
     """
     try:
-        with _parameters_on_meta():
+        with _parameters_on_meta(), _NoValues():
             return build_model(architecture)
     except ArchitectureError as error:
         if error.__cause__ is None:  # nothing was run
@@ -44,6 +46,37 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
         and not nn.parameter.is_lazy(value)
         and not name.endswith("num_batches_tracked")
     }
+
+
+class _NoValues(TorchFunctionMode):
+    """What is done in place to a tensor without values is left out: most of the time of building
+    goes into random weights."""
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        # torch.nn.init's functions hand all that they were given on by name.
+        changed = args[0] if args else kwargs.get("tensor")
+        if isinstance(changed, Tensor) and changed.is_meta and _in_place(function):
+            return changed
+        return function(*args, **kwargs)
+
+
+def _in_place(function: Callable[..., Any]) -> bool:
+    name = getattr(function, "__name__", "")
+    return name.endswith("_") and not name.endswith("__") and name not in _CHANGING_SHAPE
+
+
+_CHANGING_SHAPE = frozenset(
+    {"requires_grad_", "resize_", "resize_as_", "set_", "t_", "transpose_", "swapaxes_"}
+    | {"swapdims_", "squeeze_", "unsqueeze_", "as_strided_", "rename_", "detach_"}
+)
+"""And other functions in place that are about more than values."""
 
 
 @contextmanager
