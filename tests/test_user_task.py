@@ -371,7 +371,7 @@ MISTAKES = {
         "name 'oops'",
     ),
     "wrong shape": (changed('batch["hint"]', 'batch["image"]'), "does not run on inputs of shape"),
-    "distillation": (TASK + "\ndef distillation(a, b, c):\n    return 1\n", "gives a int"),
+    "distillation": (TASK + "\ndef distillation(a, b, c):\n    return 1\n", "gives an int"),
 }
 
 

@@ -167,7 +167,11 @@ def _metric(module: ModuleType, path: Path) -> Metric:
 def kind_of(value: object) -> str:
     """What a value is, for a message."""
     if isinstance(value, torch.Tensor):
-        return f"a {str(value.dtype).removeprefix('torch.')} tensor {tuple(value.shape)}"
+        return f"{_a(str(value.dtype).removeprefix('torch.'))} tensor {tuple(value.shape)}"
     if isinstance(value, tuple | list) and value:
-        return f"a {type(value).__name__} of {kind_of(value[0])}, ..."
-    return "None" if value is None else f"a {type(value).__name__}"
+        return f"{_a(type(value).__name__)} of {kind_of(value[0])}, ..."
+    return "None" if value is None else _a(type(value).__name__)
+
+
+def _a(name: str) -> str:
+    return f"an {name}" if name[:1].lower() in {*"aeio"} else f"a {name}"
