@@ -6,6 +6,7 @@ from typing import TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from structconv_cli.errors import RunFolderError
+from structconv_cli.quoting import legible
 from structconv_cli.whole_file import write_whole
 
 T = TypeVar("T")
@@ -52,6 +53,6 @@ def read_json(path: Path, kind: type[T]) -> T:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "the top level"
         raise RunFolderError(
-            f"{path} is not what structconv wrote: {first['msg']} at {place}. Run `structconv "
-            "convert` again."
+            f"{path} is not what structconv wrote: {legible(first['msg'], most=300)} at "
+            f"{legible(place)}. Run `structconv convert` again."
         ) from None

@@ -11,8 +11,8 @@ from typing import Literal
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from structconv_cli.errors import PlanError
+from structconv_cli.quoting import legible
 from structconv_cli.structure import Structure
-from structconv_cli.zip_archive import legible
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,9 @@ def read_plan(path: Path) -> Plan:
     except ValidationError as error:
         place, problem = _first_problem(text, error)
         raise PlanError(
-            f"the plan {path} is not valid at {legible(place)}: {legible(problem)}. Expected "
-            '{"layers": [{"name": ..., "structure": {"dense": [...], "reduced": [...]}} or '
-            '{"name": ..., "reason": ...}, ...]}, as `structconv plan` writes it.'
+            f"the plan {path} is not valid at {legible(place)}: {legible(problem, most=300)}. "
+            'Expected {"layers": [{"name": ..., "structure": {"dense": [...], "reduced": [...]}} '
+            'or {"name": ..., "reason": ...}, ...]}, as `structconv plan` writes it.'
         ) from None
 
 

@@ -12,6 +12,7 @@ from structconv_cli.data.spec import DataSpec
 from structconv_cli.errors import RunFolderError
 from structconv_cli.json_file import read_json, write_json
 from structconv_cli.model.architecture import Architecture
+from structconv_cli.quoting import legible
 
 DEFAULT = Path("structconv-run")
 FORMAT = "structconv-run/2"
@@ -155,14 +156,14 @@ class RunFolder:
         info = read_json(self.info_file, RunInfo)
         if info.format != FORMAT:
             raise RunFolderError(
-                f"{self.path} has the format {info.format}; this version of structconv reads "
-                f"{FORMAT}. Run `structconv convert` again."
+                f"{self.path} has the format {legible(info.format)}; this version of structconv "
+                f"reads {FORMAT}. Run `structconv convert` again."
             )
         for role, name in info.files.items():
             if Path(name).name != name or not _is_file(self.path / name):
                 raise RunFolderError(
-                    f"the run folder {self.path} lacks {name} ({role}), which its run.json lists. "
-                    "Run `structconv convert` again."
+                    f"the run folder {self.path} lacks {legible(name)} ({legible(role)}), which "
+                    "its run.json lists. Run `structconv convert` again."
                 )
         return info
 

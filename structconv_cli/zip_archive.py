@@ -12,7 +12,8 @@ from typing import BinaryIO
 
 import psutil
 
-from structconv_cli.errors import StructconvError, one_line
+from structconv_cli.errors import StructconvError
+from structconv_cli.quoting import shown, told
 
 _MOST_MEMBERS = 200_000
 _MOST_RATIO = 200
@@ -148,20 +149,3 @@ def climbs(name: str) -> bool:
     """Whether a member's name is absolute or leads out of the folder it would be unpacked in."""
     parts = name.replace("\\", "/").split("/")
     return name[:1] in ("/", "\\") or ".." in parts or "\0" in name or name[1:2] == ":"
-
-
-def shown(text: object) -> str:
-    """A file's own text for a message: printable, in quotes, at most 80 characters."""
-    return ascii(text if isinstance(text, str) else str(text))[:80]
-
-
-def told(error: BaseException) -> str:
-    """Another library's message on one line, printable and of at most 300 characters."""
-    return legible(one_line(error))
-
-
-def legible(text: object) -> str:
-    """A file's own text for a message, without control characters; at most 300 characters."""
-    if not isinstance(text, str):
-        return f"<{type(text).__name__}>" if not isinstance(text, int | float) else str(text)[:300]
-    return "".join(c if c.isprintable() else "?" for c in text[:300])

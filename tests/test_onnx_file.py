@@ -192,7 +192,7 @@ def test_data_in_the_models_folder_becomes_part_of_the_model(
         ("", "without a name"),
         ("a\0b", "cannot be opened"),
         ("x" * 5000, "x{80}"),
-        ("\x1b[31mred", r"\\x1b"),
+        ("\x1b[31mred", r"\?\[31mred"),
     ],
 )
 def test_data_elsewhere_is_refused_and_nothing_is_read(

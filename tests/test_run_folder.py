@@ -280,6 +280,17 @@ def test_another_format_is_refused_by_name(run_path: Path) -> None:
         RunFolder(run_path).info()
 
 
+@pytest.mark.parametrize("good", ["structconv-run/2", "original model", "plan.json", "task"])
+def test_a_damaged_run_json_is_quoted_without_control_characters(good: str, run_path: Path) -> None:
+    bad = good[:3] + "\x7f\u202e\x85" + good[4:]
+    content = to_json(RUN_INFO).replace(f'"{good}"'.encode(), f'"{bad}"'.encode())
+    (run_path / "run.json").write_bytes(content)
+    folder = RunFolder(run_path)
+    with pytest.raises(RunFolderError) as raised:
+        folder.file(folder.info(), "original model")
+    assert str(raised.value).isprintable()
+
+
 def test_a_role_that_is_not_listed_is_refused(run_path: Path) -> None:
     folder = RunFolder(run_path)
     with pytest.raises(RunFolderError, match="dense weights"):

@@ -20,7 +20,8 @@ from structconv_cli.data.split import (
     split_off,
 )
 from structconv_cli.errors import DataError
-from structconv_cli.zip_archive import ArchiveError, ZipArchive, told
+from structconv_cli.quoting import told
+from structconv_cli.zip_archive import ArchiveError, ZipArchive
 
 _MOST_CLASSES = 100_000
 

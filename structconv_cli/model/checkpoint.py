@@ -16,7 +16,7 @@ from structconv_cli.errors import CheckpointError, one_line
 from structconv_cli.model.checkpoint_file import CheckpointFile, read_checkpoint_file
 from structconv_cli.model.checkpoint_kind import Kind
 from structconv_cli.model.state_dict import averaged_beside, find_nesting, wrapper_prefix
-from structconv_cli.zip_archive import legible
+from structconv_cli.quoting import legible
 
 
 @dataclass(frozen=True, eq=False)

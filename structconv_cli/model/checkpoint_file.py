@@ -23,7 +23,8 @@ from structconv_cli.model.pickled_module import attributes_of, class_name, is_mo
 from structconv_cli.model.tensor_records import ForeignError, TensorReader, is_tensor
 from structconv_cli.model.torch_file import open_torch_file
 from structconv_cli.model.torchvision_operators import declare_missing_operators
-from structconv_cli.zip_archive import ArchiveError, legible, require_room, shown, told
+from structconv_cli.quoting import legible, shown, told
+from structconv_cli.zip_archive import ArchiveError, require_room
 
 
 class CheckpointFile(NamedTuple):

@@ -13,7 +13,8 @@ from structconv_cli.model.pickle_records import Instance, PickleError
 from structconv_cli.model.pickled_module import is_module
 from structconv_cli.model.tensor_records import is_tensor
 from structconv_cli.model.torch_file import LEGACY_HEAD, read_legacy_pickle, root_of
-from structconv_cli.zip_archive import ArchiveError, ZipArchive, told
+from structconv_cli.quoting import told
+from structconv_cli.zip_archive import ArchiveError, ZipArchive
 
 REMEDY = "give a file written by torch.save(model.state_dict(), FILE) or a .safetensors file"
 

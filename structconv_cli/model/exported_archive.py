@@ -30,7 +30,8 @@ from structconv_cli.model.tensor_records import (
     flat_tensor,
 )
 from structconv_cli.model.torch_file import read_archive, require_little_endian
-from structconv_cli.zip_archive import ArchiveError, ZipArchive, told
+from structconv_cli.quoting import told
+from structconv_cli.zip_archive import ArchiveError, ZipArchive
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram

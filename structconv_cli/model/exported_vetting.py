@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from structconv_cli.model.size_expression import SYMBOL, check_expression
-from structconv_cli.zip_archive import ArchiveError, shown
+from structconv_cli.quoting import shown
+from structconv_cli.zip_archive import ArchiveError
 
 _MOST_NODES = 100_000
 _MOST_TEXT = 1000

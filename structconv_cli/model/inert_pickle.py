@@ -22,7 +22,7 @@ from structconv_cli.model.pickle_records import (
     PickleError,
     State,
 )
-from structconv_cli.zip_archive import told
+from structconv_cli.quoting import told
 
 MOST_INSTRUCTIONS = 5_000_000
 _MOST_TUPLE_KEYS = 10_000

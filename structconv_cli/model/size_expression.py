@@ -3,7 +3,8 @@
 import ast
 import re
 
-from structconv_cli.zip_archive import ArchiveError, shown
+from structconv_cli.quoting import shown
+from structconv_cli.zip_archive import ArchiveError
 
 _MOST_TEXT = 1000
 _BIGGEST = 2**62

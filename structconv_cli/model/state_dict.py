@@ -8,7 +8,7 @@ from torch import Tensor
 
 from structconv_cli.errors import CheckpointError
 from structconv_cli.model.checkpoint_kind import REMEDY
-from structconv_cli.zip_archive import legible
+from structconv_cli.quoting import legible
 
 _NESTINGS = ("state_dict", "model_state_dict", "model")
 _AVERAGED = (

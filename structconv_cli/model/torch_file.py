@@ -15,7 +15,8 @@ from typing import BinaryIO
 from structconv_cli.model.inert_pickle import read_pickle
 from structconv_cli.model.pickle_records import Pickled, PickleError
 from structconv_cli.model.tensor_records import ForeignError, Storages, storage_of
-from structconv_cli.zip_archive import ArchiveError, ZipArchive, require_room, shown
+from structconv_cli.quoting import shown
+from structconv_cli.zip_archive import ArchiveError, ZipArchive, require_room
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001

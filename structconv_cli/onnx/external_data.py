@@ -7,7 +7,8 @@ from onnx import ModelProto, TensorProto
 from onnx.external_data_helper import load_external_data_for_tensor
 
 from structconv_cli.errors import OnnxError
-from structconv_cli.onnx.messages import of_type, printable, reason
+from structconv_cli.onnx.messages import of_type
+from structconv_cli.quoting import legible, told
 
 LIMIT = onnx.checker.MAXIMUM_PROTOBUF
 """Most bytes of a model with its weights inside: protobuf's own limit, 2 GB."""
@@ -25,8 +26,8 @@ def load_external_data(proto: ModelProto, path: Path, size: int) -> None:
             load_external_data_for_tensor(tensor, str(path.parent.resolve()))
         except (onnx.checker.ValidationError, OSError, ValueError) as error:
             raise OnnxError(
-                f"cannot read the weights of {path}, tensor {printable(tensor.name)}: "
-                f"{reason(error)}. Check the file with the weights and its permissions."
+                f"cannot read the weights of {path}, tensor {legible(tensor.name)}: "
+                f"{told(error)}. Check the file with the weights and its permissions."
             ) from None
         # Older releases of onnx leave these as they were.
         tensor.ClearField("data_location")
@@ -36,7 +37,7 @@ def load_external_data(proto: ModelProto, path: Path, size: int) -> None:
 def _check_external_data(tensor: TensorProto, path: Path) -> int:
     """Check where a tensor's data lies, rewrite the place without links; return its bytes."""
     entries = {entry.key: entry.value for entry in tensor.external_data}
-    place = f"{path}: tensor {printable(tensor.name)} has its data in"
+    place = f"{path}: tensor {legible(tensor.name)} has its data in"
     location = entries.get("location", "")
     file = _resolve(path.parent, location, place)
     size = file.stat().st_size
@@ -47,10 +48,10 @@ def _check_external_data(tensor: TensorProto, path: Path) -> int:
         offset = length = -1
     if offset < 0 or length < 0 or offset + length > size:
         given = ", ".join(
-            f"{k} {printable(entries[k])}" for k in ("offset", "length") if k in entries
+            f"{k} {legible(entries[k])}" for k in ("offset", "length") if k in entries
         )
         raise OnnxError(
-            f"{place} {printable(location)} ({given}), which has only {size} bytes: it is cut "
+            f"{place} {legible(location)} ({given}), which has only {size} bytes: it is cut "
             "short, or belongs to another model. Copy or export both files again."
         )
     del tensor.external_data[:]
@@ -68,7 +69,7 @@ def _resolve(parent: Path, location: str, place: str) -> Path:
     """The regular file at a location inside the folder `parent`, links followed."""
     if not location or Path(location).is_absolute():
         raise OnnxError(
-            f"{place} {printable(location) or 'a file without a name'}; expected a path relative "
+            f"{place} {legible(location) or 'a file without a name'}; expected a path relative "
             "to the model's folder. Save the model again with onnx.save."
         )
     try:
@@ -79,18 +80,18 @@ def _resolve(parent: Path, location: str, place: str) -> Path:
     except (OSError, RuntimeError, ValueError) as error:
         # A loop of links, a name that is too long, or one with a NUL character.
         raise OnnxError(
-            f"{place} {printable(location)}, which cannot be opened: {reason(error)}. Save the "
+            f"{place} {legible(location)}, which cannot be opened: {told(error)}. Save the "
             "model again with onnx.save."
         ) from None
     if not inside:
         raise OnnxError(
-            f"{place} {printable(location)}, which leads out of the model's folder; for safety "
+            f"{place} {legible(location)}, which leads out of the model's folder; for safety "
             "structconv reads no file elsewhere. If you trust the model, copy that file beside it, "
             "not as a link."
         )
     if not found:
         raise OnnxError(
-            f"{place} {printable(location)}, which is missing or not a regular file. Copy it to "
+            f"{place} {legible(location)}, which is missing or not a regular file. Copy it to "
             f"{parent} too."
         )
     return file

@@ -20,7 +20,8 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from structconv_cli.errors import OnnxError
 from structconv_cli.onnx.external_data import LIMIT, gigabytes, load_external_data, too_large
-from structconv_cli.onnx.messages import fields, messages, of_type, printable, reason
+from structconv_cli.onnx.messages import fields, messages, of_type
+from structconv_cli.quoting import legible, told
 
 _INVALID = (
     onnx.checker.ValidationError,
@@ -63,7 +64,7 @@ def load_onnx(path: Path) -> ModelProto:
     except _INVALID as error:
         what = next(
             (what for magic, what in _FOREIGN.items() if re.match(magic, content, re.DOTALL)),
-            f"no ONNX model, or a damaged or invalid one ({reason(error)})",
+            f"no ONNX model, or a damaged or invalid one ({told(error)})",
         )
         raise OnnxError(
             f"{path} is {what}. Expected a file that torch.onnx.export or onnx.save wrote: copy "
@@ -92,7 +93,7 @@ def save_onnx(proto: ModelProto, path: Path) -> None:
     try:
         onnx.checker.check_model(content, full_check=True)
     except _INVALID as error:
-        raise OnnxError(f"onnx.checker refuses {path.name}: {reason(error)}") from None
+        raise OnnxError(f"onnx.checker refuses {path.name}: {told(error)}") from None
     # A folder, as a file from tempfile would be readable by its owner only.
     with tempfile.TemporaryDirectory(prefix=".structconv-", dir=path.parent) as beside:
         part = Path(beside, "model.onnx")
@@ -165,7 +166,7 @@ def _check_sizes(proto: ModelProto) -> None:
             field = helper.tensor_dtype_to_field(tensor.data_type)
             item = helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
         except (KeyError, ValueError):
-            raise ValueError(f"tensor {printable(tensor.name)} has an unknown data type") from None
+            raise ValueError(f"tensor {legible(tensor.name)} has an unknown data type") from None
         if _SUB_BYTE.fullmatch(kind):
             continue
         if tensor.HasField("raw_data"):
@@ -176,6 +177,6 @@ def _check_sizes(proto: ModelProto) -> None:
         expected = math.prod(tensor.dims) * each
         if min(tensor.dims, default=0) < 0 or found != expected:
             raise ValueError(
-                f"tensor {printable(tensor.name)} of shape {list(tensor.dims)} and type {kind} has "
+                f"tensor {legible(tensor.name)} of shape {list(tensor.dims)} and type {kind} has "
                 f"{found} {unit}"
             )

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 from structconv_cli.errors import OnnxError
-from structconv_cli.onnx.messages import of_type, printable
+from structconv_cli.onnx.messages import of_type
+from structconv_cli.quoting import legible
 
 MIN_OPSET = 7
 """The oldest that ONNX Runtime supports; AveragePool has had count_include_pad since then."""
@@ -55,7 +56,7 @@ def check_lowerable(model: ModelProto) -> tuple[str, ...]:
 
 def _control_flow(graph: GraphProto) -> list[str]:
     return [
-        f"{_name(node)} ({printable(node.op_type)})"
+        f"{_name(node)} ({legible(node.op_type)})"
         for node in graph.node
         if any(a.HasField("g") or a.graphs for a in node.attribute)
     ]
@@ -64,7 +65,7 @@ def _control_flow(graph: GraphProto) -> list[str]:
 def _custom_nodes(model: ModelProto) -> list[str]:
     functions = {(function.domain, function.name) for function in model.functions}
     return [
-        printable(f"{node.domain}.{node.op_type}")
+        legible(f"{node.domain}.{node.op_type}")
         for node in of_type(model.graph, NodeProto)
         if node.domain not in _STANDARD and (node.domain, node.op_type) not in functions
     ]
@@ -98,7 +99,7 @@ def _note(what: str, names: Sequence[str]) -> str:
     if not names:
         return ""
     distinct = list(dict.fromkeys(names))
-    shown = [printable(name) for name in distinct[:3]]
+    shown = [legible(name) for name in distinct[:3]]
     *first, last = shown if len(distinct) <= 3 else [*shown, f"{len(distinct) - 3} more"]
     listed = f"{', '.join(first)} and {last}" if first else last
     return f"{what} are left alone ({len(names)} in all): {listed}."
@@ -106,4 +107,4 @@ def _note(what: str, names: Sequence[str]) -> str:
 
 def _name(node: NodeProto) -> str:
     """A node's name, or that of its first output: names of nodes are optional."""
-    return printable(node.name or next(iter(node.output), "") or "without a name")
+    return legible(node.name or next(iter(node.output), "") or "without a name")

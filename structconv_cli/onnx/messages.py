@@ -1,12 +1,10 @@
-"""Walking protobuf messages of unknown origin, and quoting what they say."""
+"""Walking protobuf messages of unknown origin."""
 
 from collections.abc import Iterator
 from typing import Any
 
 from google.protobuf.message import Message  # type: ignore[import-untyped, unused-ignore]
 from onnx import TensorProto
-
-from structconv_cli.errors import one_line
 
 
 def of_type(message: Any, kind: Any) -> Iterator[Any]:
@@ -30,14 +28,3 @@ def fields(message: Any) -> list[tuple[Any, Any]]:
         names = ("name", "external_data")
         return [(message.DESCRIPTOR.fields_by_name[name], getattr(message, name)) for name in names]
     return list(message.ListFields())
-
-
-def printable(text: str, most: int = 80) -> str:
-    """Text from the file, or that quotes it, fit for a terminal."""
-    short = text if len(text) <= most else f"{text[:most]}..."
-    return short if short.isprintable() else ascii(short)
-
-
-def reason(error: Exception) -> str:
-    """What an error says, in one line."""
-    return printable(one_line(error), most=400)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from structconv_cli.benchmarking.subjects import Subject
 from structconv_cli.errors import BenchmarkError
 from structconv_cli.onnx.file import load_onnx
-from structconv_cli.onnx.messages import printable
+from structconv_cli.quoting import legible
 
 INT8, FLOAT16 = "int8", "fp16"
 MADE = (INT8, FLOAT16)
@@ -93,4 +93,4 @@ def _make(
 def _own_words(file: Path) -> str:
     """What an ONNX file says of itself, on one line."""
     words = textwrap.shorten(load_onnx(file).doc_string, _WORDS, placeholder="…").rstrip(".")
-    return printable(words, most=_WORDS)
+    return legible(words, most=_WORDS)
