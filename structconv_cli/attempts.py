@@ -1,11 +1,13 @@
 """A conversion's plan, fine-tuned; backed off while it loses too much."""
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from structconv_cli.conversion import ConvertRequest
+from structconv_cli.errors import PlanError
 from structconv_cli.plan import Plan
 from structconv_cli.plan_choice import PlanChoice, Tried
 from structconv_cli.planning.prediction import Prediction
@@ -16,7 +18,7 @@ from structconv_cli.reconstruction.result import ReconstructionRecord
 from structconv_cli.training.finetune import finetune
 from structconv_cli.training.record import FineTuneResult
 from structconv_cli.unfinished import Unfinished
-from structconv_cli.without_training import reconstruct_model
+from structconv_cli.without_training import fitted_model, reconstruct_model
 from structconv_cli.world import World
 
 
@@ -79,7 +81,7 @@ def attempt(
             with unfinished.working() if world.first else nullcontext():
                 found = _tuned(request, ready, entry, unfinished, world, observer)
             if choice.holds(found.tuning.drop):
-                return replace(found, notes=choice.given_up(tried[:number]))
+                return replace(found, notes=(*choice.given_up(tried[:number]), *found.notes))
             entry = replace(entry, drop=found.tuning.drop)
             tried = (*tried[:number], entry, *tried[number + 1 :])
         number += 1
@@ -117,6 +119,19 @@ def _tuned(
             *reconstruct_model(ready, plan.structures, request.recipe, request.images, observer),
         )
     assert ready.task is not None
+    notes: list[str] = []
+
+    def fit() -> Mapping[str, Tensor]:
+        with observer.stage("least squares"):
+            try:
+                fitted, _ = fitted_model(
+                    ready, plan.structures, request.recipe.seed, request.images
+                )
+            except PlanError as error:
+                notes.append(f"Tuned from projected weights, not from least squares: {error}")
+                return {}
+        return dict(fitted.named_parameters())
+
     model, tuning = finetune(
         ready.model,
         plan.structures,
@@ -127,5 +142,6 @@ def _tuned(
         keeper=unfinished,
         enough=lambda drop: request.enough is not None and drop <= request.enough,
         observer=observer,
+        fit=fit,
     )
-    return Attempt(plan, entry.prediction, model, tuning)
+    return Attempt(plan, entry.prediction, model, tuning, notes=tuple(notes))

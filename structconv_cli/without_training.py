@@ -1,6 +1,7 @@
 """Bringing a model into its structure without training: least squares on a few hundred examples.
 
-What `--no-finetune` does in place of `training.finetune`, with the same kind of record.
+What `--no-finetune` does in place of `training.finetune`, with the same kind of record, and what
+fine-tuning aims at.
 """
 
 import copy
@@ -46,7 +47,7 @@ def reconstruct_model(
         observer: is told of the stages.
     """
     stages: list[StageResult] = []
-    graph, task = ready.original, ready.task
+    task = ready.task
 
     def judge(name: str, model: nn.Module, seconds: float) -> None:
         if task is not None:
@@ -66,22 +67,32 @@ def reconstruct_model(
     name = "least squares" if ready.source is not None else "projected"
     with observer.stage(name):
         start = time.perf_counter()
-        fitted = copy.deepcopy(ready.model)
-        settings = ReconstructionSettings(
-            without_bias=layers_without_bias(fitted, graph),
-            threads=os.cpu_count() or 1,
-            seed=recipe.seed,
-        )
-        samples = None
-        if ready.source is not None:
-            tensors, _ = ready.source.samples(images)
-            inputs = zip(ready.inventory.inputs, tensors, strict=True)
-            samples = Samples({name: tensor.numpy() for name, tensor in inputs})
-        found = reconstruct(graph, structures, samples, settings)
-        apply_to_module(fitted, graph, found)
+        fitted, record = fitted_model(ready, structures, recipe.seed, images)
         judge(name, fitted, time.perf_counter() - start)
     metric = task.metric if task is not None else UNMEASURED
-    return fitted.eval(), FineTuneResult(recipe, metric, tuple(stages), ()), found.record
+    return fitted, FineTuneResult(recipe, metric, tuple(stages), ()), record
+
+
+def fitted_model(
+    ready: Prepared, structures: Mapping[str, Structure], seed: int, images: int
+) -> tuple[nn.Module, ReconstructionRecord]:
+    """A copy of the model, its planned weights fitted by least squares, or without data projected.
+
+    Raises:
+        PlanError: a layer's weight in the graph is not the module's, scaled.
+    """
+    fitted, graph = copy.deepcopy(ready.model), ready.original
+    settings = ReconstructionSettings(
+        without_bias=layers_without_bias(fitted, graph), threads=os.cpu_count() or 1, seed=seed
+    )
+    samples = None
+    if ready.source is not None:
+        tensors, _ = ready.source.samples(images)
+        inputs = zip(ready.inventory.inputs, tensors, strict=True)
+        samples = Samples({name: tensor.numpy() for name, tensor in inputs})
+    found = reconstruct(graph, structures, samples, settings)
+    apply_to_module(fitted, graph, found)
+    return fitted.eval(), found.record
 
 
 def _judged(model: nn.Module, task: Task) -> Evaluation:

@@ -18,12 +18,15 @@ from structconv_cli.data.order import Shuffle
 from structconv_cli.data.split import Split
 from structconv_cli.errors import PlanError, TrainingError
 from structconv_cli.progress import Observer
+from structconv_cli.rewrite import project_weights
 from structconv_cli.structure import Structure
 from structconv_cli.tasks.classification import Classification
 from structconv_cli.tasks.task import Evaluation
+from structconv_cli.training.descent import Descent
 from structconv_cli.training.finetune import finetune
 from structconv_cli.training.recipe import Recipe
 from structconv_cli.training.record import FineTuneResult
+from structconv_cli.training.schedule import Schedule
 
 STRUCTURES = {"1": Structure((6, 3, 3), (6, 2, 2)), "4": Structure((8, 3, 3), (5, 2, 2))}
 FAST = Recipe(epochs=2, regularised=1, batch_size=16, learning_rate=0.05)
@@ -216,6 +219,53 @@ def test_a_learning_rate_of_zero_only_projects(trained: nn.Module, data: Dataset
             assert float((found - expected).detach().norm() / expected.detach().norm()) < 1e-6
         else:
             assert torch.equal(found, value), name
+
+
+@pytest.mark.parametrize("regularised", [0, 0.5, 1, 2])
+@pytest.mark.parametrize("aim", ["least squares", "projection"])
+def test_without_learning_the_fitted_weights_are_reached(
+    regularised: float, aim: str, trained: nn.Module, data: Dataset
+) -> None:
+    fitted = copy.deepcopy(trained)
+    with torch.no_grad():
+        for parameter in fitted.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    project_weights(fitted, STRUCTURES)
+    recipe = replace(FAST, regularised=regularised, learning_rate=0.0, aim=aim)
+    tuned, _ = tune(trained, data, recipe, fit=lambda: dict(fitted.named_parameters()))
+    expected = fitted
+    if aim == "projection":
+        expected = copy.deepcopy(trained)
+        project_weights(expected, STRUCTURES)
+    for name, parameter in tuned.named_parameters():
+        torch.testing.assert_close(
+            parameter, expected.get_parameter(name), rtol=1e-5, atol=1e-5, msg=name
+        )
+
+
+def test_half_way_half_of_the_way_is_gone(trained: nn.Module) -> None:
+    """The residual's limit and the way to the fitted weights go together."""
+    structure = STRUCTURES["1"]
+    weight = nn.Parameter(trained.get_parameter("1.weight").detach().clone())
+    inside = structure.project(weight.detach())
+    move = structure.project(torch.randn(weight.shape, generator=torch.Generator().manual_seed(2)))
+    descent = Descent({"1": (weight, structure)}, Schedule(Recipe(2, 1.0), 10))
+    descent.lead([(weight, move)])
+    for step in range(5):
+        descent.after_step(step)
+    torch.testing.assert_close(structure.project(weight.detach()), inside + 0.5 * move)
+    for step in range(5, 12):
+        descent.after_step(step)
+    torch.testing.assert_close(weight.detach(), inside + move)
+
+
+def test_frozen_parameters_are_not_led(trained: nn.Module, data: Dataset) -> None:
+    model = copy.deepcopy(trained)
+    model[0].weight.requires_grad_(False)  # type: ignore[index, union-attr, operator]
+    aims = {name: parameter + 1 for name, parameter in model.named_parameters()}
+    tuned, _ = tune(model, data, replace(FAST, learning_rate=0.0), structures={}, fit=lambda: aims)
+    assert torch.equal(tuned[0].weight, model[0].weight)  # type: ignore[index]
+    torch.testing.assert_close(tuned[0].bias, model[0].bias + 1)  # type: ignore[index, operator]
 
 
 def test_tuning_pays_back_what_projection_costs(trained: nn.Module, data: Dataset) -> None:

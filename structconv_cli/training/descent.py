@@ -1,6 +1,12 @@
-"""What the regularised phase, and the phase after it, do to structured weights at every step."""
+"""What the regularised phase, and the phase after it, do to structured weights at every step.
 
-from collections.abc import Mapping
+Where weights W^ inside the subspaces are known whose outputs are near the original's (least squares
+on activations), the phase leads there: as the residual's limit falls from 1 to 0 of what the
+residual was, the same share of W^ - P W is added inside the subspace. Without a gradient it goes
+from W to W^ and not to P W, which costs much more where channels are selected. (Ours.)
+"""
+
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -30,6 +36,21 @@ class Descent:
         self._schedule = schedule
         self.start = [structure.residual(weight) for weight, structure in self._weights]
         """The residuals that the limit falls from."""
+        self._moves: list[tuple[nn.Parameter, torch.Tensor]] = []
+
+    @torch.no_grad()
+    def lead(self, moves: Sequence[tuple[nn.Parameter, torch.Tensor]]) -> None:
+        """Add these to parameters over the regularised phase; all at once if there is none.
+
+        Args:
+            moves: parameters, and what is added to each by the end of the phase; to structured
+                weights inside their subspaces.
+        """
+        if self._schedule.regularised:
+            self._moves = list(moves)
+        else:
+            for parameter, move in moves:
+                parameter.add_(move)
 
     def before_step(self, step: int) -> None:
         """Add the structural loss's gradient to those of the task's loss."""
@@ -51,6 +72,8 @@ class Descent:
             share = falling(step + 1, last)
             for (weight, structure), start in zip(self._weights, self.start, strict=True):
                 limit_residual(weight, structure, start * share)
+            for parameter, move in self._moves:
+                parameter.add_(move, alpha=falling(step, last) - share)
         elif how == "proximal":
             step_size = schedule.learning_rate(step) * schedule.strength(step)
             for weight, structure in self._weights:

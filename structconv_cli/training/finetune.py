@@ -45,6 +45,7 @@ def finetune(
     enough: Callable[[float], bool] = lambda drop: False,
     observer: Observer = SILENT,
     teacher: nn.Module | None = None,
+    fit: Callable[[], Mapping[str, torch.Tensor]] = dict,
 ) -> tuple[nn.Module, FineTuneResult]:
     """Return a tuned copy of the model, its planned weights inside their subspaces, and the record.
 
@@ -59,6 +60,8 @@ def finetune(
         enough: whether a drop (in the metric's unit) is small enough to stop early.
         observer: is told of the stages.
         teacher: whose outputs are followed; by default the model's.
+        fit: finds the parameters that the recipe may aim at (`Recipe.aim`), by name; those of
+            structured layers inside their subspaces. Called in process 0, if at all.
 
     Raises:
         TrainingError: the loss stops being a finite number, nothing can be trained, or another
@@ -68,14 +71,19 @@ def finetune(
     with torch.random.fork_rng():
         training = Training(tuned, structures, task, recipe, hardware, world, observer, teacher)
         try:
-            _train(training, keeper, enough)
+            _train(training, keeper, enough, fit)
         finally:
             training.close()
     result = FineTuneResult(recipe, task.metric, tuple(training.stages), tuple(training.epochs))
     return hardware.bring_back(tuned).eval(), result
 
 
-def _train(training: Training, keeper: Keeper | None, enough: Callable[[float], bool]) -> None:
+def _train(
+    training: Training,
+    keeper: Keeper | None,
+    enough: Callable[[float], bool],
+    fit: Callable[[], Mapping[str, torch.Tensor]],
+) -> None:
     world, recipe = training.world, training.recipe
     if not recipe.epochs:
         training.stage("original", lambda: None)
@@ -86,6 +94,8 @@ def _train(training: Training, keeper: Keeper | None, enough: Callable[[float], 
         training.load(kept)
     else:
         training.stage("original", lambda: None)
+        if recipe.aim == "least squares":
+            training.lead(world.same(fit() if world.first else {}))
     with training.observer.stage("training"):
         while training.epoch < recipe.epochs and not _stops(training, enough):
             training.run_epoch()

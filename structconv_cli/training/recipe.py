@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 Residual = Literal["falling", "proximal", "free"]
 Strength = Literal["fixed", "rising"]
+Aim = Literal["least squares", "projection"]
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,9 @@ class Recipe:
         residual: what else the regularised phase does with the residual. "falling": it is held
             under a limit that falls from what it was to zero. "proximal": the structural loss acts
             by its proximal step in place of its gradient. "free": nothing.
+        aim: what the weights are led to under the falling limit, but for what they learn on the
+            way: their projections, or the weights inside the subspaces whose outputs are nearest to
+            the original's, where these are known (`finetune`).
         strength: whether lambda is the same throughout, or rises from 0.
         sr_lambda: weight of the structural loss (the paper's lambda), at its largest.
         batch_size: examples per step and process.
@@ -38,6 +42,7 @@ class Recipe:
     epochs: int
     regularised: float
     residual: Residual = "falling"
+    aim: Aim = "least squares"
     strength: Strength = "fixed"
     sr_lambda: float = 0.1
     batch_size: int = 64
@@ -53,7 +58,7 @@ class Recipe:
 
 RECIPES: Mapping[str, Mapping[str, Any]] = {
     "default": {},
-    "paper": {"residual": "free", "distillation": 0.0},
+    "paper": {"residual": "free", "aim": "projection", "distillation": 0.0},
 }
 """What the named recipes have of their own; `benchmarks/README.md` compares them."""
 _SHARES = {"default": 0.1, "paper": 1.0}

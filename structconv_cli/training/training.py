@@ -60,6 +60,7 @@ class Training:
         self.model = hardware.place(model)
         self.schedule = Schedule(recipe, max(1, task.steps // recipe.accumulate))
         self.descent = Descent(structured_parameters(model, structures), self.schedule)
+        self._moves: dict[str, torch.Tensor] = {}
         self.teacher = None
         self._features: Features | None = None
         if (recipe.distillation or recipe.hints) and recipe.epochs:
@@ -134,6 +135,28 @@ class Training:
                     parameter.copy_(average)
         self.project()
         self.reestimate()
+
+    @torch.no_grad()
+    def lead(self, aims: Mapping[str, torch.Tensor]) -> None:
+        """Lead parameters to other values in the regularised phase (`Descent.lead`).
+
+        Args:
+            aims: by the parameters' names; structured weights inside their subspaces. What is
+                frozen stays.
+        """
+        parameters = structured_parameters(self.model, self.structures).values()
+        structured = {id(weight): structure for weight, structure in parameters}
+        for name, parameter in self.model.named_parameters():
+            if name in aims and parameter.requires_grad:
+                start = parameter.double()
+                if id(parameter) in structured:
+                    start = structured[id(parameter)].project(start)
+                self._moves[name] = (aims[name].to(start) - start).to(parameter.dtype)
+        self._lead()
+
+    def _lead(self) -> None:
+        moves = [(self.model.get_parameter(name), move) for name, move in self._moves.items()]
+        self.descent.lead(moves)
 
     def close(self) -> None:
         """Leave nothing of the training on the models."""
@@ -278,6 +301,7 @@ class Training:
             "step": self.step,
             "seconds": self.seconds,
             "crossed": self.crossed,
+            "moves": {} if self.crossed else self._moves,
             "model": self.model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "average": None if self._average is None else self._average.state_dict(),
@@ -290,6 +314,10 @@ class Training:
         self.epoch, self.step = state["epoch"], state["step"]
         self.seconds, self.crossed = state["seconds"], state["crossed"]
         self.model.load_state_dict(state["model"])
+        if state["moves"]:
+            place = self.hardware.torch_device
+            self._moves = {name: move.to(place) for name, move in state["moves"].items()}
+            self._lead()
         self._optimizer.load_state_dict(state["optimizer"])
         if self._average is not None:
             self._average.load_state_dict(state["average"])
