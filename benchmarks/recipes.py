@@ -4,10 +4,10 @@
     python benchmarks/recipes.py table --work recipes
 
 ResNet-20 (or 56) on CIFAR-10 as JPEG files, every 3x3 convolution but the stem to n=2 (2.2 times
-fewer MACs). Each recipe is the default but for what its name says (`RECIPES`). Results are kept in
-WORK, one file each; `table` prints them in Markdown. `dense` is the original tuned as long, without
-structure: what the epochs themselves bring. A run that was stopped goes on from its last epoch when
-it is started again.
+fewer MACs), or a plan (--plan). Each recipe is the default but for what its name says (`RECIPES`).
+Results are kept in WORK, one file each; `table` prints them in Markdown. `dense` is the original
+tuned as long, without structure: what the epochs themselves bring. A run that was stopped goes on
+from its last epoch when it is started again.
 
 Steps are computed in bfloat16 unless --precision fp32 is given: half of the time here.
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from planning import CHECKPOINTS, MEAN, ROOT, STD, Log, uniform_structures
-from torch import nn
+from torch import Tensor, nn
 
 from structconv_cli.data.dataset import load_dataset
 from structconv_cli.data.spec import DataSpec
@@ -28,6 +28,7 @@ from structconv_cli.json_file import read_json, write_json
 from structconv_cli.model.architecture import Architecture, build_model
 from structconv_cli.model.checkpoint import load_checkpoint, load_into
 from structconv_cli.onnx.export import export_onnx
+from structconv_cli.plan import read_plan
 from structconv_cli.reconstruction.apply import apply_to_module, layers_without_bias
 from structconv_cli.reconstruction.result import ReconstructionSettings
 from structconv_cli.reconstruction.samples import Samples
@@ -40,21 +41,26 @@ from structconv_cli.training.recipe import Recipe
 from structconv_cli.training.record import FineTuneResult
 from structconv_cli.unfinished import Unfinished
 
-BASE = Recipe(1, 0.0, augment=("crop", "flip"))
+BASE = Recipe(1, 0.0, aim="projection", augment=("crop", "flip"))
+FITTED = {"aim": "least squares"}
 
 WHOLE = -1.0
 """Stands for all epochs."""
 
 RECIPES: Mapping[str, dict[str, Any]] = {
     "dense": {},
+    "default": {"regularised": 0.1, **FITTED},
     "paper": {"regularised": WHOLE, "residual": "free", "distillation": 0.0},
     "free": {"regularised": WHOLE, "residual": "free"},
     "rising": {"regularised": WHOLE, "residual": "free", "strength": "rising", "sr_lambda": 2.0},
     "proximal": {"regularised": 1 / 3, "residual": "proximal", "sr_lambda": 2.0},
     "third": {"regularised": 1 / 3},
     "tenth": {"regularised": 0.1},
-    "tenth-hints": {"regularised": 0.1, "hints": 1.0},
-    "tenth-hints-d0": {"regularised": 0.1, "hints": 1.0, "distillation": 0.0},
+    "default-hints": {"regularised": 0.1, "hints": 1.0, **FITTED},
+    "default-hints-d0": {"regularised": 0.1, "hints": 1.0, "distillation": 0.0, **FITTED},
+    "default-labels": {"regularised": 0.1, "distillation": 0.0, **FITTED},
+    "default-ema": {"regularised": 0.1, "averaging": 0.998, **FITTED},
+    "default-lr05": {"regularised": 0.1, "learning_rate": 0.05, **FITTED},
     "tenth-l1": {"regularised": 0.1, "sr_lambda": 1.0},
     "subspace": {},
     "subspace-labels": {"distillation": 0.0},
@@ -67,9 +73,9 @@ RECIPES: Mapping[str, dict[str, Any]] = {
     "subspace-b32": {"batch_size": 32},
     "subspace-ema": {"averaging": 0.998},
     "subspace-wd1": {"weight_decay": 1e-4},
-    "fitted": {"start": "least squares"},
-    "fitted-lr05": {"start": "least squares", "learning_rate": 0.05},
-    "fitted-ema": {"start": "least squares", "averaging": 0.998},
+    "fitted": FITTED,
+    "fitted-lr05": {"learning_rate": 0.05, **FITTED},
+    "fitted-ema": {"averaging": 0.998, **FITTED},
     "tenth-lr05": {"regularised": 0.1, "learning_rate": 0.05},
     "tenth-lr05-d9": {"regularised": 0.1, "learning_rate": 0.05, "distillation": 0.9},
 }
@@ -96,7 +102,6 @@ class Outcome:
 def run(options: argparse.Namespace, name: str, unfinished: Unfinished) -> Outcome:
     changes = dict(RECIPES[name])
     share = changes.pop("regularised", 0.0)
-    start = changes.pop("start", "")
     share = 1.0 if share == WHOLE else share
     recipe = replace(
         BASE,
@@ -109,11 +114,9 @@ def run(options: argparse.Namespace, name: str, unfinished: Unfinished) -> Outco
     model = build_model(Architecture(f"{ROOT}/sample_models/resnet_cifar.py:{options.network}"))
     weights = options.weights or options.checkpoints / CHECKPOINTS[options.network]
     load_into(model, load_checkpoint(weights))
-    structures = {} if name == "dense" else uniform_structures(model, options.structure)
+    structures = {} if name == "dense" else structures_of(model, options)
     task = Classification(data, recipe.batch_size, recipe.augment, recipe.seed)
-    original = model.float().eval()
-    if start == "least squares":
-        model = fitted(original, structures, task)
+    model = model.float().eval()
     _, result = finetune(
         model,
         structures,
@@ -122,23 +125,29 @@ def run(options: argparse.Namespace, name: str, unfinished: Unfinished) -> Outco
         hardware=Hardware(precision=options.precision),
         keeper=unfinished,
         observer=Log(),
-        teacher=original,
+        fit=lambda: fitted(model, structures, task),
     )
     seconds = sum(stage.seconds for stage in result.stages)
     return Outcome(options.network, name, options.precision, seconds, result)
 
 
+def structures_of(model: nn.Module, options: argparse.Namespace) -> Mapping[str, Structure]:
+    if options.plan is not None:
+        return read_plan(options.plan).structures
+    return uniform_structures(model, options.structure)
+
+
 def fitted(
     original: nn.Module, structures: Mapping[str, Structure], task: Classification
-) -> nn.Module:
-    """The model with its weights fitted by least squares on 500 training images."""
+) -> dict[str, Tensor]:
+    """The model's parameters, fitted by least squares on 500 training images."""
     model = copy.deepcopy(original)
     (images,), _ = task.samples(500)
     graph = export_onnx(model, images[:2])
     settings = ReconstructionSettings(without_bias=layers_without_bias(model, graph))
     found = reconstruct(graph, structures, Samples({"input": images.numpy()}), settings)
     apply_to_module(model, graph, found)
-    return model
+    return dict(model.named_parameters())
 
 
 def table(work: Path) -> None:
@@ -161,6 +170,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", choices=[*RECIPES, []])
     parser.add_argument("--network", choices=list(CHECKPOINTS), default="resnet20")
     parser.add_argument("--structure", default="2x2")
+    parser.add_argument("--plan", type=Path)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
