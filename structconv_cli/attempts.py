@@ -122,11 +122,10 @@ def _tuned(
     notes: list[str] = []
 
     def fit() -> Mapping[str, Tensor]:
+        seed, images = request.recipe.seed, request.images
         with observer.stage("least squares"):
             try:
-                fitted, _ = fitted_model(
-                    ready, plan.structures, request.recipe.seed, request.images
-                )
+                fitted, _ = fitted_model(ready, plan.structures, seed, images, observer)
             except PlanError as error:
                 notes.append(f"Tuned from projected weights, not from least squares: {error}")
                 return {}

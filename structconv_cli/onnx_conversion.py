@@ -149,8 +149,9 @@ def _reconstructed(
     settings = ReconstructionSettings(seed=request.seed, threads=threads)
     images = Samples(ready.samples.inputs) if ready.samples is not None else None
     name = "least squares" if images is not None else "projected"
-    found = reconstruct(ready.graph, plan.structures, images, settings, observer)
-    dense = apply_to_graph(ready.graph, found)
+    with observer.stage(name):
+        found = reconstruct(ready.graph, plan.structures, images, settings, observer)
+        dense = apply_to_graph(ready.graph, found)
     seconds = time.perf_counter() - start
     judged = _judged(ready, dense, name, _residual(dense, plan), seconds, observer)
     first = tuple(replace(x, max_residual=_residual(ready.graph, plan)) for x in original)

@@ -67,14 +67,18 @@ def reconstruct_model(
     name = "least squares" if ready.source is not None else "projected"
     with observer.stage(name):
         start = time.perf_counter()
-        fitted, record = fitted_model(ready, structures, recipe.seed, images)
+        fitted, record = fitted_model(ready, structures, recipe.seed, images, observer)
         judge(name, fitted, time.perf_counter() - start)
     metric = task.metric if task is not None else UNMEASURED
     return fitted, FineTuneResult(recipe, metric, tuple(stages), ()), record
 
 
 def fitted_model(
-    ready: Prepared, structures: Mapping[str, Structure], seed: int, images: int
+    ready: Prepared,
+    structures: Mapping[str, Structure],
+    seed: int,
+    images: int,
+    observer: Observer,
 ) -> tuple[nn.Module, ReconstructionRecord]:
     """A copy of the model, its planned weights fitted by least squares, or without data projected.
 
@@ -90,7 +94,7 @@ def fitted_model(
         tensors, _ = ready.source.samples(images)
         inputs = zip(ready.inventory.inputs, tensors, strict=True)
         samples = Samples({name: tensor.numpy() for name, tensor in inputs})
-    found = reconstruct(graph, structures, samples, settings)
+    found = reconstruct(graph, structures, samples, settings, observer)
     apply_to_module(fitted, graph, found)
     return fitted.eval(), found.record
 

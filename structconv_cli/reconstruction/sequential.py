@@ -61,7 +61,7 @@ def reconstruct(
         samples: some hundred images, prepared as the model takes them; labels are not used. None
             for the nearest weights, without regard to outputs.
         settings: how.
-        observer: told about layers that are done.
+        observer: told how many layers are done.
 
     Raises:
         PlanError: a layer is not there or not of the structure's sizes, or the samples do not fit.
@@ -71,8 +71,7 @@ def reconstruct(
     if samples is None:
         return _projected(model, structures)
     check_samples(model, samples)
-    with observer.stage("reconstruction"):
-        return _Sequence(model, structures, samples, settings, observer).all()
+    return _Sequence(model, structures, samples, settings, observer).all()
 
 
 def _projected(model: onnx.ModelProto, structures: Mapping[str, Structure]) -> Reconstruction:
