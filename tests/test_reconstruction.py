@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import helper, numpy_helper
@@ -29,7 +30,7 @@ from structconv_cli.reconstruction.result import (
     ReconstructionRecord,
     ReconstructionSettings,
 )
-from structconv_cli.reconstruction.samples import Samples
+from structconv_cli.reconstruction.samples import Array, Feeds, Samples
 from structconv_cli.reconstruction.sequential import reconstruct
 from structconv_cli.structure import Structure
 
@@ -425,6 +426,38 @@ def test_what_is_held_between_runs_changes_nothing(
     for name, new in held.weights.items():
         # Graph optimisations differ with where a run starts.
         np.testing.assert_allclose(new.weight, again.weights[name].weight, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("images_held", [1, 100, 300])
+def test_where_memory_is_short_fewer_images_do(
+    block: tuple[nn.Module, onnx.ModelProto, Samples],
+    images_held: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nearly as well; and not all of them are run from the start for every layer."""
+    runs: list[int] = []
+
+    def counted(session: onnxruntime.InferenceSession, feeds: Feeds) -> list[Array]:
+        runs.append(len(next(iter(feeds.values()))))
+        return run_fed(session, feeds)
+
+    monkeypatch.setattr("structconv_cli.reconstruction.stream.run_fed", counted)
+    graph = export_onnx(block[0], torch.zeros(2, 3, 24, 24))
+    samples = Samples({"input": images((400, 3, 24, 24))})
+    x = images((400, 3, 24, 24), seed=9)
+    wanted = outputs(graph, x)
+
+    def error_and_runs(memory: int) -> tuple[float, int]:
+        runs.clear()
+        found = reconstruct(graph, BLOCK, samples, ReconstructionSettings(memory=memory))
+        error = np.square(outputs(apply_to_graph(graph, found), x) - wanted).sum()
+        return float(error), sum(runs)
+
+    per_image = 2 * 4 * 8 * 24 * 24  # two models, float32, eight channels
+    full, most = error_and_runs(1000 * per_image)
+    error, fewer = error_and_runs(images_held * per_image)
+    assert error < 1.1 * full
+    assert fewer < 0.8 * most
 
 
 def test_layers_that_are_not_there_are_told(

@@ -58,9 +58,13 @@ class Reader:
         """Number of channel groups."""
         return self.conv.group if self.conv else 1
 
+    def count(self, x: Array) -> int:
+        """Outputs for an input x, without their channels."""
+        return len(x.reshape(-1, self.size)) if self.conv is None else prod(self._sizes(x))
+
     def positions(self, x: Array, most: int, rng: np.random.Generator) -> Positions:
         """At most `most` outputs for an input x, at random."""
-        total = len(x.reshape(-1, self.size)) if self.conv is None else prod(self._sizes(x))
+        total = self.count(x)
         return np.arange(total) if total <= most else rng.choice(total, most, replace=False)
 
     def patches(self, x: Array, at: Positions) -> torch.Tensor:

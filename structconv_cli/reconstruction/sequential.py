@@ -36,12 +36,15 @@ from structconv_cli.reconstruction.result import (
     ReconstructionRecord,
     ReconstructionSettings,
 )
-from structconv_cli.reconstruction.samples import Samples, check_samples
+from structconv_cli.reconstruction.samples import Feeds, Samples, check_samples
 from structconv_cli.reconstruction.slots import fill, with_bias_slots
 from structconv_cli.reconstruction.stream import Stream, runs_of
 from structconv_cli.structure import Structure
 
 DEFAULTS = ReconstructionSettings()
+_LEAST_IMAGES = 64
+_SPREAD = 4
+"""Outputs that there are for one whose patch is taken, at least: neighbours are much alike."""
 _NOTHING = 1e-12
 """Relative squared error that float32 rounding explains."""
 
@@ -126,7 +129,7 @@ class _Sequence:
         self.changed = Stream(prepared, runs, settings.threads)
         self.graph = self.original.graph
         self.layers = [_layer(self.graph, name, structure) for name, structure in fitted.items()]
-        self.images = sum(len(next(iter(feeds.values()))) for feeds in runs)
+        self.images = sum(map(_rows, runs))
         self.rng = np.random.default_rng(settings.seed)
 
     def all(self) -> Reconstruction:
@@ -173,25 +176,47 @@ class _Sequence:
         wanted = [*live, *inputs, *([other] if other else [])]
         collected = asymmetric_layer(layer.weight, layer.readers[0].groups, layer.structure)
         most = collected.most_patches
-        hold = None
+        hold, runs, images = False, len(self.original.held), self.images
         pairs = zip(self.original.values(wanted), self.changed.values(wanted), strict=True)
         for run, (old, new) in enumerate(pairs):
+            if not run:
+                held = sum(part[name].nbytes for part in (old, new) for name in live)
+                outputs = sum(reader.count(old[reader.tensor]) for reader in layer.readers)
+                runs, hold = self._runs(held, -(-_SPREAD * most // outputs))
+                images = sum(map(_rows, self.original.held[:runs]))
             for reader in layer.readers:
                 x, y = old[reader.tensor], new[reader.tensor]
-                count = len(next(iter(self.original.held[run].values())))
-                share = -(-most * count // (self.images * len(layer.readers)))
+                count = _rows(self.original.held[run])
+                share = -(-most * count // (images * len(layer.readers)))
                 at = reader.positions(x, share, self.rng)
                 targets = reader.patches(x, at).double() @ collected.rows.transpose(1, 2)
                 if other and reader.makes(old[other], x):
                     targets += reader.outputs(old[other], at) - reader.outputs(new[other], at)
                 collected.add(reader.patches(y, at), targets)
-            if hold is None:
-                held = sum(part[name].nbytes for part in (old, new) for name in live)
-                hold = held * len(self.original.held) <= self.settings.memory
             if hold:
                 self.original.held[run] = {name: old[name] for name in live}
                 self.changed.held[run] = {name: new[name] for name in live}
+            if run + 1 == runs:
+                break
         return collected
+
+    def _runs(self, held: int, enough: int) -> tuple[int, bool]:
+        """How many runs to fit a layer on, and whether their tensors can be held.
+
+        Large maps of all images do not fit in memory, and going from the inputs again for each
+        layer takes minutes; but a few images have patches enough of a large map.
+
+        Args:
+            held: bytes of one run's tensors.
+            enough: runs that have patches enough.
+        """
+        runs = len(self.original.held)
+        fitting = self.settings.memory // max(1, held)
+        if fitting >= runs:
+            return runs, True
+        least = -(-_LEAST_IMAGES // _rows(self.original.held[0]))
+        wanted = min(runs, max(fitting, enough, least))
+        return wanted, wanted <= fitting
 
     def _other_operand(self, layer: _Layer) -> str | None:
         """What the layer's output is added to, if all that changes it has changed already."""
@@ -225,6 +250,11 @@ class _Sequence:
                 found.add(layer)
             pending += [*node.input, *captured(node)]
         return found
+
+
+def _rows(feeds: Feeds) -> int:
+    """Images of a run."""
+    return len(next(iter(feeds.values())))
 
 
 def _layers_to_fit(

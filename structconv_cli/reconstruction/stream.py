@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import onnx
+import onnxruntime
 from onnx import helper
 
 from structconv_cli.onnx.graph import Graph, captured
@@ -59,17 +60,21 @@ class Stream:
         return [name for name in wanted if name in made and name in self._from_data]
 
     def values(self, tensors: Sequence[str]) -> Iterator[Feeds]:
-        """These tensors, for every run."""
-        known = set(self.held[0])
-        wanted = [name for name in dict.fromkeys(tensors) if name not in known]
-        if not wanted:
-            yield from self.held
-            return
-        kinds = {n: helper.np_dtype_to_tensor_dtype(x.dtype) for n, x in self.held[0].items()}
-        runtime = session(extract(self.model, list(known), wanted, kinds), self.threads)
+        """These tensors, for every run. Runs may start from different places."""
+        runtimes: dict[frozenset[str], onnxruntime.InferenceSession] = {}
         for feeds in self.held:
-            made: dict[str, Array] = dict(zip(wanted, run_fed(runtime, feeds), strict=True))
-            yield {**{name: feeds[name] for name in tensors if name in known}, **made}
+            wanted = [name for name in dict.fromkeys(tensors) if name not in feeds]
+            if not wanted:
+                yield feeds
+                continue
+            known = frozenset(feeds)
+            if known not in runtimes:
+                kinds = {n: helper.np_dtype_to_tensor_dtype(x.dtype) for n, x in feeds.items()}
+                part = extract(self.model, list(feeds), wanted, kinds)
+                runtimes[known] = session(part, self.threads)
+            found = run_fed(runtimes[known], feeds)
+            made: dict[str, Array] = dict(zip(wanted, found, strict=True))
+            yield {**{name: feeds[name] for name in tensors if name in feeds}, **made}
 
     def depends_on_data(self, tensor: str) -> bool:
         """Whether the inputs have a part in a tensor."""
