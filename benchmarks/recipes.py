@@ -41,7 +41,7 @@ from structconv_cli.training.recipe import Recipe
 from structconv_cli.training.record import FineTuneResult
 from structconv_cli.unfinished import Unfinished
 
-BASE = Recipe(1, 0.0, aim="projection", augment=("crop", "flip"))
+BASE = Recipe(1, 0.0, augment=("crop", "flip"))
 FITTED = {"aim": "least squares"}
 
 WHOLE = -1.0

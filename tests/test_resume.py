@@ -24,7 +24,7 @@ from structconv_cli.training.recipe import Recipe
 from structconv_cli.training.record import FineTuneResult
 from structconv_cli.unfinished import Unfinished
 
-RECIPE = Recipe(12, 4.5, batch_size=16, learning_rate=0.02, averaging=0.9, augment=("crop",))
+RECIPE = Recipe(12, 4.5, aim="least squares", batch_size=16, averaging=0.9, augment=("crop",))
 STRUCTURES = {"0": Structure((1, 3, 3), (1, 2, 2)), "3": Structure((16, 3, 3), (16, 2, 2))}
 
 
