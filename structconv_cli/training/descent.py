@@ -17,6 +17,7 @@ from structconv_cli.regularizer import (
     limit_residual,
     shrink_residual,
 )
+from structconv_cli.rewrite import structured_parameters
 from structconv_cli.structure import Structure
 from structconv_cli.training.schedule import Schedule
 
@@ -78,3 +79,27 @@ class Descent:
             step_size = schedule.learning_rate(step) * schedule.strength(step)
             for weight, structure in self._weights:
                 shrink_residual(weight, structure, step_size)
+
+
+@torch.no_grad()
+def moves_to(
+    aims: Mapping[str, torch.Tensor], model: nn.Module, structures: Mapping[str, Structure]
+) -> dict[str, torch.Tensor]:
+    """What to add to parameters, but for their residuals, to come to others; by name.
+
+    Args:
+        aims: by the parameters' names; structured weights inside their subspaces. What is frozen
+            stays.
+        model: whose parameters are moved.
+        structures: of its layers, by name.
+    """
+    parameters = structured_parameters(model, structures).values()
+    structured = {id(weight): structure for weight, structure in parameters}
+    moves = {}
+    for name, parameter in model.named_parameters():
+        if name in aims and parameter.requires_grad:
+            start = parameter.double()
+            if id(parameter) in structured:
+                start = structured[id(parameter)].project(start)
+            moves[name] = (aims[name].to(start) - start).to(parameter.dtype)
+    return moves

@@ -20,7 +20,7 @@ from structconv_cli.progress import Observer
 from structconv_cli.rewrite import project_weights, residuals, structured_parameters
 from structconv_cli.structure import Structure
 from structconv_cli.tasks.task import Batch, Evaluation, Task
-from structconv_cli.training.descent import Descent
+from structconv_cli.training.descent import Descent, moves_to
 from structconv_cli.training.features import Features
 from structconv_cli.training.hardware import Hardware
 from structconv_cli.training.recipe import Recipe
@@ -136,22 +136,9 @@ class Training:
         self.project()
         self.reestimate()
 
-    @torch.no_grad()
     def lead(self, aims: Mapping[str, torch.Tensor]) -> None:
-        """Lead parameters to other values in the regularised phase (`Descent.lead`).
-
-        Args:
-            aims: by the parameters' names; structured weights inside their subspaces. What is
-                frozen stays.
-        """
-        parameters = structured_parameters(self.model, self.structures).values()
-        structured = {id(weight): structure for weight, structure in parameters}
-        for name, parameter in self.model.named_parameters():
-            if name in aims and parameter.requires_grad:
-                start = parameter.double()
-                if id(parameter) in structured:
-                    start = structured[id(parameter)].project(start)
-                self._moves[name] = (aims[name].to(start) - start).to(parameter.dtype)
+        """Lead parameters to other values in the regularised phase (`descent.moves_to`)."""
+        self._moves = moves_to(aims, self.model, self.structures)
         self._lead()
 
     def _lead(self) -> None:
