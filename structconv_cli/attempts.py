@@ -71,20 +71,23 @@ def attempt(
         ready.inventory,
         lambda: make_planner(request, ready, observer),
     )
-    tried = world.same(unfinished.tried if world.first else None) or ()
-    number = 0
-    while (entry := _entry(choice, tried, number, world)) is not None:
-        tried = (*tried[:number], entry, *tried[number + 1 :])
-        if entry.drop is None:
-            if world.first and request.recipe.epochs:
-                unfinished.keep(tried)
-            with unfinished.working() if world.first else nullcontext():
-                found = _tuned(request, ready, entry, unfinished, world, observer)
-            if choice.holds(found.tuning.drop):
-                return replace(found, notes=(*choice.given_up(tried[:number]), *found.notes))
-            entry = replace(entry, drop=found.tuning.drop)
-            tried = (*tried[:number], entry, *tried[number + 1 :])
-        number += 1
+
+    def following(tried: tuple[Tried, ...]) -> Tried | None:
+        return world.same(choice.next(tried) if world.first else None)
+
+    kept = world.same(unfinished.tried if world.first else ())
+    tried = tuple(entry for entry in kept if entry.drop is not None)
+    # The last of those kept was interrupted.
+    entry = kept[len(tried)] if len(tried) < len(kept) else following(tried)
+    while entry is not None:
+        if world.first and request.recipe.epochs:
+            unfinished.keep((*tried, entry))
+        with unfinished.working() if world.first else nullcontext():
+            found = _tuned(request, ready, entry, unfinished, world, observer)
+        if choice.holds(found.tuning.drop):
+            return replace(found, notes=(*choice.given_up(tried), *found.notes))
+        tried = (*tried, replace(entry, drop=found.tuning.drop))
+        entry = following(tried)
     if world.first:
         unfinished.discard()
     raise choice.exhausted(
@@ -92,14 +95,6 @@ def attempt(
         "after fine-tuning",
         "Tune longer (--epochs), allow a larger --max-drop, or ask for less.",
     )
-
-
-def _entry(choice: PlanChoice, tried: tuple[Tried, ...], number: int, world: World) -> Tried | None:
-    """The plan with a number, of those tried before the conversion was interrupted or a new one;
-    None if there is none."""
-    if number < len(tried):
-        return tried[number]
-    return world.same(choice.next(tried) if world.first else None)
 
 
 def _tuned(

@@ -46,7 +46,7 @@ class Outset:
         started: when, by `time.perf_counter` (seconds).
         command: the command line's words.
         checkpoint: the user's file.
-        architecture: what built the model; None for an ONNX file.
+        architecture: what built the model; None for a file that holds the model itself.
         kind: the file's kind.
         original: the dense model.
         spec: the data as it was loaded; None where a task file loads it, or there is none.

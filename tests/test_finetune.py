@@ -246,11 +246,12 @@ def test_without_learning_the_fitted_weights_are_reached(
 def test_half_way_half_of_the_way_is_gone(trained: nn.Module) -> None:
     """The residual's limit and the way to the fitted weights go together."""
     structure = STRUCTURES["1"]
-    weight = nn.Parameter(trained.get_parameter("1.weight").detach().clone())
+    model = copy.deepcopy(trained)
+    weight = model.get_parameter("1.weight")
     inside = structure.project(weight.detach())
     move = structure.project(torch.randn(weight.shape, generator=torch.Generator().manual_seed(2)))
     descent = Descent({"1": (weight, structure)}, Schedule(Recipe(2, 1.0), 10))
-    descent.lead([(weight, move)])
+    descent.lead({"1.weight": move}, model)
     for step in range(5):
         descent.after_step(step)
     torch.testing.assert_close(structure.project(weight.detach()), inside + 0.5 * move)

@@ -6,7 +6,7 @@ residual was, the same share of W^ - P W is added inside the subspace. Without a
 from W to W^ and not to P W, which costs much more where channels are selected. (Ours.)
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -37,21 +37,25 @@ class Descent:
         self._schedule = schedule
         self.start = [structure.residual(weight) for weight, structure in self._weights]
         """The residuals that the limit falls from."""
-        self._moves: list[tuple[nn.Parameter, torch.Tensor]] = []
+        self.moves: dict[str, torch.Tensor] = {}
+        """What is added to parameters over the regularised phase, by name (`lead`)."""
+        self._moved: dict[str, nn.Parameter] = {}
 
     @torch.no_grad()
-    def lead(self, moves: Sequence[tuple[nn.Parameter, torch.Tensor]]) -> None:
+    def lead(self, moves: Mapping[str, torch.Tensor], model: nn.Module) -> None:
         """Add these to parameters over the regularised phase; all at once if there is none.
 
         Args:
-            moves: parameters, and what is added to each by the end of the phase; to structured
-                weights inside their subspaces.
+            moves: what is added to each by the end of the phase, by name; to structured weights
+                inside their subspaces.
+            model: whose parameters they are.
         """
+        moved = {name: model.get_parameter(name) for name in moves}
         if self._schedule.regularised:
-            self._moves = list(moves)
+            self.moves, self._moved = dict(moves), moved
         else:
-            for parameter, move in moves:
-                parameter.add_(move)
+            for name, parameter in moved.items():
+                parameter.add_(moves[name])
 
     def before_step(self, step: int) -> None:
         """Add the structural loss's gradient to those of the task's loss."""
@@ -73,8 +77,8 @@ class Descent:
             share = falling(step + 1, last)
             for (weight, structure), start in zip(self._weights, self.start, strict=True):
                 limit_residual(weight, structure, start * share)
-            for parameter, move in self._moves:
-                parameter.add_(move, alpha=falling(step, last) - share)
+            for name, parameter in self._moved.items():
+                parameter.add_(self.moves[name], alpha=falling(step, last) - share)
         elif how == "proximal":
             step_size = schedule.learning_rate(step) * schedule.strength(step)
             for weight, structure in self._weights:

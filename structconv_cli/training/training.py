@@ -60,7 +60,6 @@ class Training:
         self.model = hardware.place(model)
         self.schedule = Schedule(recipe, max(1, task.steps // recipe.accumulate))
         self.descent = Descent(structured_parameters(model, structures), self.schedule)
-        self._moves: dict[str, torch.Tensor] = {}
         self.teacher = None
         self._features: Features | None = None
         if (recipe.distillation or recipe.hints) and recipe.epochs:
@@ -138,12 +137,7 @@ class Training:
 
     def lead(self, aims: Mapping[str, torch.Tensor]) -> None:
         """Lead parameters to other values in the regularised phase (`descent.moves_to`)."""
-        self._moves = moves_to(aims, self.model, self.structures)
-        self._lead()
-
-    def _lead(self) -> None:
-        moves = [(self.model.get_parameter(name), move) for name, move in self._moves.items()]
-        self.descent.lead(moves)
+        self.descent.lead(moves_to(aims, self.model, self.structures), self.model)
 
     def close(self) -> None:
         """Leave nothing of the training on the models."""
@@ -288,7 +282,7 @@ class Training:
             "step": self.step,
             "seconds": self.seconds,
             "crossed": self.crossed,
-            "moves": {} if self.crossed else self._moves,
+            "moves": {} if self.crossed else self.descent.moves,
             "model": self.model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "average": None if self._average is None else self._average.state_dict(),
@@ -301,10 +295,9 @@ class Training:
         self.epoch, self.step = state["epoch"], state["step"]
         self.seconds, self.crossed = state["seconds"], state["crossed"]
         self.model.load_state_dict(state["model"])
-        if state["moves"]:
-            place = self.hardware.torch_device
-            self._moves = {name: move.to(place) for name, move in state["moves"].items()}
-            self._lead()
+        place = self.hardware.torch_device
+        moves = {name: move.to(place) for name, move in state["moves"].items()}
+        self.descent.lead(moves, self.model)
         self._optimizer.load_state_dict(state["optimizer"])
         if self._average is not None:
             self._average.load_state_dict(state["average"])

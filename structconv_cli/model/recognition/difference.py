@@ -1,5 +1,7 @@
 """What tells two architectures apart that fit the same tensors, in words."""
 
+from collections.abc import Mapping, Sequence
+
 from torch import nn
 
 from structconv_cli.model.architecture import Architecture
@@ -33,4 +35,8 @@ def _settings_apart(one: nn.Module, other: nn.Module) -> tuple[str, str] | None:
     apart = [key for key in first if key in second and first[key] != second[key]]
     if not apart:
         return None
-    return tuple(", ".join(f"{key}={found[key]}" for key in apart) for found in (first, second))  # type: ignore[return-value]
+    return _words(first, apart), _words(second, apart)
+
+
+def _words(found: Mapping[str, str], keys: Sequence[str]) -> str:
+    return ", ".join(f"{key}={found[key]}" for key in keys)
