@@ -6,8 +6,9 @@
 ResNet-20 (or 56) on CIFAR-10 as JPEG files, every 3x3 convolution but the stem to n=2 (2.2 times
 fewer MACs), or a plan (--plan). Each recipe is the default but for what its name says (`RECIPES`).
 Results are kept in WORK, one file each; `table` prints them in Markdown. `dense` is the original
-tuned as long, without structure: what the epochs themselves bring. A run that was stopped goes on
-from its last epoch when it is started again.
+tuned as long, without structure: what the epochs themselves bring; `dense-labels` adapts a network
+to new data. The tuned weights lie beside each result. A run that was stopped goes on from its last
+epoch when it is started again.
 
 Steps are computed in bfloat16 unless --precision fp32 is given: half of the time here.
 """
@@ -19,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from planning import CHECKPOINTS, MEAN, ROOT, STD, Log, uniform_structures
 from torch import Tensor, nn
 
@@ -49,6 +51,7 @@ WHOLE = -1.0
 
 RECIPES: Mapping[str, dict[str, Any]] = {
     "dense": {},
+    "dense-labels": {"distillation": 0.0},
     "default": {"regularised": 0.1, **FITTED},
     "paper": {"regularised": WHOLE, "residual": "free", "distillation": 0.0},
     "free": {"regularised": WHOLE, "residual": "free"},
@@ -99,7 +102,8 @@ class Outcome:
         return self.network, self.result.recipe.epochs, -self.score
 
 
-def run(options: argparse.Namespace, name: str, unfinished: Unfinished) -> Outcome:
+def run(options: argparse.Namespace, name: str, unfinished: Unfinished, weights: Path) -> Outcome:
+    """Tune by the recipe of this name; the tuned weights are written to `weights`."""
     changes = dict(RECIPES[name])
     share = changes.pop("regularised", 0.0)
     share = 1.0 if share == WHOLE else share
@@ -112,21 +116,22 @@ def run(options: argparse.Namespace, name: str, unfinished: Unfinished) -> Outco
     )
     data = load_dataset(DataSpec(str(options.data), mean=MEAN, std=STD), channels=3)
     model = build_model(Architecture(f"{ROOT}/sample_models/resnet_cifar.py:{options.network}"))
-    weights = options.weights or options.checkpoints / CHECKPOINTS[options.network]
-    load_into(model, load_checkpoint(weights))
-    structures = {} if name == "dense" else structures_of(model, options)
+    original = options.weights or options.checkpoints / CHECKPOINTS[options.network]
+    load_into(model, load_checkpoint(original))
+    structures = {} if name.startswith("dense") else structures_of(model, options)
     task = Classification(data, recipe.batch_size, recipe.augment, recipe.seed)
     model = model.float().eval()
-    _, result = finetune(
+    tuned, result = finetune(
         model,
         structures,
         task,
         recipe,
-        hardware=Hardware(precision=options.precision),
+        hardware=Hardware(precision=options.precision, compiled=options.compile),
         keeper=unfinished,
         observer=Log(),
         fit=lambda: fitted(model, structures, task),
     )
+    torch.save(tuned.state_dict(), weights)
     seconds = sum(stage.seconds for stage in result.stages)
     return Outcome(options.network, name, options.precision, seconds, result)
 
@@ -174,6 +179,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--work", type=Path, default=Path("recipes"))
@@ -186,7 +192,7 @@ def main() -> None:
             print(f"== {name}", flush=True)
             unfinished = Unfinished(file.with_suffix(".partial"), {})
             unfinished.path.mkdir(exist_ok=True)
-            write_json(run(options, name, unfinished), file)
+            write_json(run(options, name, unfinished, file.with_suffix(".pt")), file)
             unfinished.discard()
     table(options.work)
 

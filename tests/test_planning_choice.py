@@ -19,7 +19,7 @@ from structconv_cli.errors import PlanError
 from structconv_cli.planning import choice
 from structconv_cli.planning.choice import Choice, Quantity, choose
 from structconv_cli.planning.clock import Clock
-from structconv_cli.planning.goal import curve, fastest, solve
+from structconv_cli.planning.goal import best_measured, curve, fastest, solve
 from structconv_cli.planning.latency import State
 from structconv_cli.planning.options import LayerOptions, ModelOptions, Option
 from structconv_cli.planning.targets import Targets, parse_latency
@@ -521,6 +521,27 @@ def test_a_model_that_cannot_be_made_faster_is_told_nothing_impossible() -> None
 
 
 # The curve, the clock -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("times", "losses", "best"),
+    [
+        ([9], [1], 0),
+        ([9, 11], [1, 0], 0),  # a near miss is no match for what meets the target, however far
+        ([1, 11], [5, 0], 0),
+        ([8, 9, 10], [3, 2, 1], 2),  # of those that meet it, the one that loses least
+        ([10, 9, 8], [1, 2, 3], 0),
+        ([12, 11, 13], [1, 2, 0], 1),  # where none does, the fastest
+    ],
+)
+def test_of_measured_plans_one_that_meets_the_time_is_taken(
+    times: list[float], losses: list[float], best: int
+) -> None:
+    tried = [
+        (Choice((), (), (), 1.0, loss, Cost(1, 1, 1)), ms)
+        for ms, loss in zip(times, losses, strict=True)
+    ]
+    assert best_measured(tried, 10) == tried[best]
 
 
 @given(random_models())

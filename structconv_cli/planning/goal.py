@@ -53,6 +53,22 @@ def solve(
     raise PlanError(_unreachable(options, targets, clock, limits, most_loss, correction))
 
 
+def best_measured(tried: Sequence[tuple[Choice, float]], most: float) -> tuple[Choice, float]:
+    """Of choices with their measured times: the one that loses least within a time, else the
+    fastest.
+
+    Args:
+        tried: one at least.
+        most: the time (ms).
+    """
+
+    def rank(found: tuple[Choice, float]) -> tuple[bool, float]:
+        chosen, ms = found
+        return ms > most, ms if ms > most else chosen.loss
+
+    return min(tried, key=rank)
+
+
 def curve(options: ModelOptions, quickest: Choice) -> tuple[Choice, ...]:
     """The least loss at each of some times from the dense model's to the fastest plan's."""
     dense = options.dense_ms

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import onnx
 import onnxruntime
 
@@ -18,7 +17,7 @@ from structconv_cli.plan import Plan
 from structconv_cli.planning.choice import Choice
 from structconv_cli.planning.clock import DENSE, Stopwatch
 from structconv_cli.planning.explanation import as_plan, predicted_layers
-from structconv_cli.planning.goal import curve, fastest, solve
+from structconv_cli.planning.goal import best_measured, curve, fastest, solve
 from structconv_cli.planning.latency import measure_latency
 from structconv_cli.planning.loss_cache import cached_losses
 from structconv_cli.planning.network import Feeds, Network
@@ -211,7 +210,7 @@ class Planner:
             wanted = self.dense_ms / targets.speedup
         if wanted is None:
             return choice, measured
-        best, correction = (choice, measured), 1.0
+        tried, correction = [(choice, measured)], 1.0
         for _ in range(_CORRECTIONS):
             if _OVERDONE * wanted <= measured <= _MISSED * wanted:
                 break
@@ -220,9 +219,8 @@ class Planner:
             if again == choice:
                 break
             choice, measured = again, self._measured(again)
-            if abs(np.log(measured / wanted)) < abs(np.log(best[1] / wanted)):
-                best = choice, measured
-        return best
+            tried.append((choice, measured))
+        return best_measured(tried, _MISSED * wanted)
 
     def _bend(self) -> Choice:
         """Where the curve is farthest from the line between its ends: the best bargain."""

@@ -78,6 +78,10 @@ class Hardware:
 
         return pytree.tree_map(moved, batch)
 
+    def compile(self, model: nn.Module) -> nn.Module:
+        """The model as it is run in steps: compiled, if so chosen; it has the same parameters."""
+        return torch.compile(model) if self.compiled else model  # type: ignore[return-value]
+
     @contextmanager
     def compiling(self) -> Iterator[None]:
         """Where a compiled model is run.

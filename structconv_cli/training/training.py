@@ -60,7 +60,7 @@ class Training:
         self.model = hardware.place(model)
         self.schedule = Schedule(recipe, max(1, task.steps // recipe.accumulate))
         self.descent = Descent(structured_parameters(model, structures), self.schedule)
-        self.teacher = None
+        self.teacher: nn.Module | None = None
         self._features: Features | None = None
         if (recipe.distillation or recipe.hints) and recipe.epochs:
             self.teacher = hardware.place(teacher or copy.deepcopy(model)).eval()
@@ -81,7 +81,9 @@ class Training:
             # Behind all copies of the model, which would take hooks with them.
             if recipe.hints and self.teacher is not None:
                 self._features = Features(model, self.teacher, structures)
-            self._runner: nn.Module = torch.compile(model) if hardware.compiled else model  # type: ignore[assignment]
+            self._runner = hardware.compile(model)
+            if self.teacher is not None:
+                self.teacher = hardware.compile(self.teacher)
 
     # Stages -----------------------------------------------------------------------------------
 
