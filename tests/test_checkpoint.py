@@ -385,6 +385,24 @@ def test_an_exported_program_is_opened(tmp_path: Path):
     torch.testing.assert_close(open_exported(path).module()(x), model(x), rtol=0, atol=1e-6)
 
 
+def test_an_exported_program_may_cut_to_the_end_and_have_names_with_dashes(tmp_path: Path):
+    """Every x[:, 1:] ends at the largest number there is; RegNets have a "block1-0"."""
+
+    class Cut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stage = nn.ModuleDict({"block1-0": nn.Conv2d(2, 4, 3)})
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = self.stage["block1-0"](x[:, 1:, ::2])
+            return found
+
+    path, model, x = tmp_path / "cut.pt2", Cut().eval(), torch.randn(2, 3, 8, 8)
+    torch.export.save(torch.export.export(model, (x,)), path)
+    torch.testing.assert_close(open_exported(path).module()(x), model(x), rtol=0, atol=1e-6)
+    assert "stage.block1-0.weight" in load_checkpoint(path).tensors
+
+
 def test_objects_beside_a_state_dict_are_left_out_and_named(tmp_path: Path):
     held = {"state_dict": Net().state_dict(), "args": Namespace(lr=1), "epoch": 3}
     checkpoint = load_checkpoint(save(tmp_path / "c.pt", held))

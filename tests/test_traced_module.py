@@ -125,6 +125,20 @@ def test_it_trains_and_its_modes_differ(kind: str) -> None:
     assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(
+    "kind", [nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout]
+)
+def test_dropouts_act_in_training_only(kind: type[nn.Module], inplace: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), kind(0.5, inplace=inplace), nn.Conv2d(4, 2, 1)).eval()
+    found = trainable(torch.export.export(model, (IMAGE,)), IMAGE).model
+    assert [type(m) for m in found.modules() if isinstance(m, kind)] == [kind]
+    torch.testing.assert_close(found(IMAGE), model(IMAGE), rtol=0, atol=1e-6)
+    found.train()
+    assert not torch.equal(found(IMAGE), found(IMAGE))
+    found(IMAGE).sum().backward()
+
+
 def test_weights_go_back_under_the_programs_names() -> None:
     program = exported(net(), "eval")
     found = trainable(program, IMAGE, MASK)

@@ -20,9 +20,9 @@ from structconv_cli.zip_archive import ArchiveError
 
 _MOST_NODES = 100_000
 _MOST_TEXT = 1000
-_BIGGEST = 2**62
+_INT64 = range(-(2**63), 2**63)
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
-_PATH = re.compile(r"([A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*)?", re.ASCII)
+_PATH = re.compile(r"([A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*)?", re.ASCII)
 _PLAIN = re.compile(r"[A-Za-z0-9_.+<>=-]*", re.ASCII)
 _STACK = re.compile(r"[A-Za-z0-9_.,;@]*", re.ASCII)
 _ATEN = re.compile(r"torch\.ops\.aten\.([A-Za-z0-9_]+)\.([A-Za-z0-9_]+)", re.ASCII)
@@ -137,7 +137,7 @@ def _clean(key: str, value: Any, depth: int = 0) -> Any:
         return _clean_dict(key, value, depth + 1)
     if isinstance(value, str):
         return _clean_text(key, value)
-    if isinstance(value, int) and abs(value) >= _BIGGEST:
+    if isinstance(value, int) and value not in _INT64:
         raise ArchiveError(f"has a number that is too large, under {shown(key)}")
     return value
 

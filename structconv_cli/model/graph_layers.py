@@ -5,8 +5,9 @@ norms and dropouts become the modules that they came from, or might have come fr
 """
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,11 +39,16 @@ _NORMS: dict[Any, bool] = {
     _ATEN._native_batch_norm_legit_no_training.default: True,
 }
 """By function: whether it returns several tensors, the result first."""
-_DROPOUTS: dict[Any, type[nn.Module]] = {
-    _ATEN.dropout.default: nn.Dropout,
-    _ATEN.feature_dropout.default: nn.Dropout2d,
-    _ATEN.alpha_dropout.default: nn.AlphaDropout,
+_DROPOUTS: dict[Any, Callable[[float], nn.Module]] = {
     _ATEN.native_dropout.default: nn.Dropout,
+    _ATEN.dropout.default: nn.Dropout,
+    _ATEN.dropout_.default: partial(nn.Dropout, inplace=True),
+    _ATEN.feature_dropout.default: nn.Dropout2d,
+    _ATEN.feature_dropout_.default: partial(nn.Dropout2d, inplace=True),
+    _ATEN.alpha_dropout.default: nn.AlphaDropout,
+    _ATEN.alpha_dropout_.default: partial(nn.AlphaDropout, inplace=True),
+    _ATEN.feature_alpha_dropout.default: nn.FeatureAlphaDropout,
+    _ATEN.feature_alpha_dropout_.default: partial(nn.FeatureAlphaDropout, inplace=True),
 }
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -264,8 +270,10 @@ def _norm_of(given: Mapping[str, Any]) -> nn.Module:
 
 def _replace(graph: fx.Graph, node: fx.Node, name: str, *, first: bool = False) -> None:
     """Put a call of a module in the place of a node, or of the first of its results."""
+    given = arguments(node)
     with graph.inserting_before(node):
-        called = graph.call_module(name, (arguments(node)["input"],))
+        # What a function changes in place, its schema calls "self".
+        called = graph.call_module(name, (given["input"] if "input" in given else given["self"],))
     called.meta = {**node.meta}
     if not first:
         node.replace_all_uses_with(called)
