@@ -177,18 +177,56 @@ def test_its_graph_has_the_layers_names() -> None:
     torch.testing.assert_close(torch.from_numpy(outputs["scores"]), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_program_for_one_batch_size_is_refused() -> None:
-    class Fixed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(3, 4, 3)
+class Shaped(nn.Module):
+    """Writes the number of rows into new shapes, as many models do."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = self.conv(x)
-            return y.reshape(2, -1)
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, bias=False)
+        self.scale = nn.Parameter(torch.rand(1, 2, 1, 1, 1))
+        self.head = nn.Linear(4 * 8 * 10, 5)
 
-    program = torch.export.export(Fixed().eval(), (IMAGE,), strict=False)
-    with pytest.raises(ArchitectureError, match=r"batch of 3.*dynamic_shapes"):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        rows, channels, height, width = x.shape
+        pairs = x.view(rows, 2, channels // 2, height, width).transpose(1, 2)
+        x = (pairs * self.scale.expand(rows, 2, 2, 1, 1)).reshape(rows, channels, height, width)
+        means = x.mean((2, 3), keepdim=True).expand(rows, channels, height, width)
+        y: Tensor = self.head((x - means).reshape(x.size(0), -1))
+        return y
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 5])
+def test_a_program_that_was_exported_for_one_batch_size_takes_any(rows: int) -> None:
+    torch.manual_seed(0)
+    model = Shaped().eval()
+    program = torch.export.export(model, (torch.zeros(rows, *IMAGE.shape[1:]),))
+    found = trainable(program, IMAGE).model
+    for count in (1, 2, 3, 7):
+        images = torch.randn(count, *IMAGE.shape[1:])
+        torch.testing.assert_close(found(images), model(images), rtol=1e-5, atol=1e-6)
+
+
+class Pairs(nn.Module):
+    """Two rows become one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(1, -1)
+
+
+class Centred(nn.Module):
+    """A row's output depends on the others."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("model", "told"), [(Pairs(), "another number of rows"), (Centred(), "something else")]
+)
+def test_a_program_for_one_batch_size_is_refused(model: nn.Module, told: str) -> None:
+    program = torch.export.export(model.eval(), (IMAGE,), strict=False)
+    with pytest.raises(ArchitectureError, match=rf"batch of 3: it.*{told}.*dynamic_shapes"):
         trainable(program, IMAGE)
 
 
