@@ -10,11 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import nn
 
 from structconv_cli.errors import ArchitectureError, CheckpointError
 from structconv_cli.model.architecture import Architecture, build_model
-from structconv_cli.model.checkpoint import save_like
+from structconv_cli.model.checkpoint import load_checkpoint, save_like
 from structconv_cli.model.fitting import fit_arguments
 from structconv_cli.model.library import installed
 from structconv_cli.model.opening import open_model
@@ -150,6 +151,32 @@ def test_a_wrapper_around_the_model(tmp_path: Path, told: bool):
     save_like(opened.checkpoint, opened.model.state_dict(), tmp_path / "again.pt")
     again = torch.load(tmp_path / "again.pt", weights_only=True)
     assert list(again) == [f"model.backbone.{k}" for k in tensors]
+
+
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("kind", ["torch", "safetensors"])
+def test_a_training_module_with_a_loss_beside_the_model(tmp_path: Path, told: bool, kind: str):
+    """As Lightning writes it."""
+    write = save_file if kind == "safetensors" else torch.save
+    beside = {"criterion.weight": torch.rand(10), "val_loss_fn.centres.a": torch.rand(2, 3)}
+    tensors = weights(RESNET)
+    held = {**{f"net.{k}": v for k, v in tensors.items()}, **beside}
+    write(held, tmp_path / "model.pt")
+    opened = open_model(tmp_path / "model.pt", Architecture(RESNET) if told else None)
+    assert any(all(name in note for name in beside) for note in opened.notes)
+    assert all(torch.equal(opened.model.state_dict()[k], v) for k, v in tensors.items())
+    save_like(opened.checkpoint, opened.model.state_dict(), tmp_path / "again.pt")
+    again = load_checkpoint(tmp_path / "again.pt").tensors
+    assert again.keys() == held.keys()
+    assert all(torch.equal(again[k], v) for k, v in held.items())
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_layer_behind_the_model_is_not_left_out(tmp_path: Path, told: bool):
+    held = {f"net.{k}": v for k, v in weights(RESNET).items()}
+    torch.save({**held, "head.weight": torch.rand(3, 10)}, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError if told else ArchitectureError):
+        open_model(tmp_path / "model.pt", Architecture(RESNET) if told else None)
 
 
 def test_old_files_without_counters(nets: Path):

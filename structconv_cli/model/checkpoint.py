@@ -3,7 +3,7 @@
 import os
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class Checkpoint:
         kind: the file format.
         classes: the classes of a pickled or TorchScript module, the outermost first.
         notes: sentences that tell the user what the file was taken for, and what was left out.
+        beside: tensors of the state_dict that are not the model's, by their full names.
     """
 
     path: Path
@@ -46,6 +47,7 @@ class Checkpoint:
     kind: Kind
     classes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    beside: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def load_checkpoint(path: Path | str) -> Checkpoint:
@@ -136,10 +138,11 @@ def save_like(checkpoint: Checkpoint, tensors: Mapping[str, Tensor], path: Path 
         CheckpointError: the file cannot be written.
     """
     path = Path(path)
+    prefixed = {checkpoint.prefix + key: value for key, value in tensors.items()}
     # Cloned, as torch.save writes the whole storage behind a view and safetensors refuses sharing.
     state: OrderedDict[str, Any] = OrderedDict(
-        (checkpoint.prefix + key, value.detach().cpu().clone(memory_format=torch.contiguous_format))
-        for key, value in tensors.items()
+        (key, value.detach().cpu().clone(memory_format=torch.contiguous_format))
+        for key, value in (*prefixed.items(), *checkpoint.beside.items())
     )
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:

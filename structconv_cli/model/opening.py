@@ -16,10 +16,11 @@ from structconv_cli.model.exported_archive import open_exported
 from structconv_cli.model.fitting import fit_arguments
 from structconv_cli.model.input_guess import program_shapes
 from structconv_cli.model.plain import Plain, materialised, plain, trainable
-from structconv_cli.model.recognition.match import wrapper_prefixes
+from structconv_cli.model.recognition.match import unwrapped, wrapper_prefixes
 from structconv_cli.model.recognition.recognise import recognise
 from structconv_cli.model.skeleton import shapes_of, skeleton
 from structconv_cli.progress import SILENT, Observer
+from structconv_cli.quoting import legible
 
 _LIBRARY_CLASSES = ("torchvision.", "timm.")
 _NAMED_UNDER = ("arch", "architecture", "model_name")
@@ -136,11 +137,22 @@ def named_in(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 
 def without_prefix(checkpoint: Checkpoint, prefix: str) -> Checkpoint:
-    """A checkpoint with more taken off the front of all its tensors' names."""
+    """A checkpoint with more taken off the front of its tensors' names; others lie beside them."""
     if not prefix:
         return checkpoint
-    tensors = {name.removeprefix(prefix): value for name, value in checkpoint.tensors.items()}
-    return replace(checkpoint, tensors=tensors, prefix=checkpoint.prefix + prefix)
+    outside = {
+        checkpoint.prefix + name: value
+        for name, value in checkpoint.tensors.items()
+        if not name.startswith(prefix)
+    }
+    note = f"Left as they are, being no part of the model: {', '.join(map(legible, outside))}."
+    return replace(
+        checkpoint,
+        tensors=unwrapped(checkpoint.tensors, prefix),
+        prefix=checkpoint.prefix + prefix,
+        beside={**checkpoint.beside, **outside},
+        notes=(*checkpoint.notes, *([note] if outside else [])),
+    )
 
 
 def _fitted(
@@ -172,6 +184,6 @@ def _prefix_beyond(architecture: Architecture, tensors: Mapping[str, Tensor]) ->
         return ""
     expected = shapes_of(skeleton(architecture).state_dict()).keys()
     for prefix in prefixes:
-        if {name.removeprefix(prefix) for name in shapes} == expected != shapes.keys():
+        if unwrapped(shapes, prefix).keys() == expected != shapes.keys():
             return prefix
     return ""

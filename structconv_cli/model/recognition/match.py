@@ -4,13 +4,17 @@ The numbers of classes and of input channels may differ: a wrong head size is no
 architecture.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from structconv_cli.model.architecture import Architecture, Argument
 from structconv_cli.model.recognition.description import Description
 from structconv_cli.model.recognition.index import Entry
 from structconv_cli.model.skeleton import Shape
+
+T = TypeVar("T")
 
 _IMAGE_CHANNELS = 3
 _MOST_DIFFERING = 16
@@ -21,6 +25,10 @@ _WRAPPERS = (
     "model", "backbone", "encoder", "net", "network", "module", "base_model", "student", "resnet",
     "_model", "base", "body",
 )  # fmt: skip
+
+
+# What training modules keep beside the model: weights of classes, centres, counts.
+_BESIDE = re.compile(r"([a-z]+_)*(criterion|criteria|loss|losses|metric|metrics)(_[a-z]+)*\..+")
 
 
 @dataclass(frozen=True)
@@ -52,12 +60,16 @@ class Near:
 
 
 def wrapper_prefixes(shapes: Mapping[str, Shape]) -> list[str]:
-    """What may be taken off the front of all names: nothing first, then a wrapper's prefix."""
+    """What may be taken off the front of all names: nothing first, then a wrapper's prefix.
+
+    Tensors of a loss or a metric that lie beside the wrapped model do not count.
+    """
+    names = [name for name in shapes if not _BESIDE.fullmatch(name)]
     prefixes, prefix = [""], ""
-    while shapes:
-        first = next(iter(shapes)).removeprefix(prefix).partition(".")[0]
+    while names:
+        first = names[0].removeprefix(prefix).partition(".")[0]
         if first not in _WRAPPERS or not all(
-            name.startswith(f"{prefix}{first}.") for name in shapes
+            name.startswith(f"{prefix}{first}.") for name in names
         ):
             break
         prefix += f"{first}."
@@ -65,9 +77,13 @@ def wrapper_prefixes(shapes: Mapping[str, Shape]) -> list[str]:
     return prefixes
 
 
-def unwrapped(shapes: Mapping[str, Shape], prefix: str) -> dict[str, Shape]:
-    """Shapes by their names without a prefix."""
-    return {name.removeprefix(prefix): shape for name, shape in shapes.items()}
+def unwrapped(tensors: Mapping[str, T], prefix: str) -> dict[str, T]:
+    """What lies behind a prefix, by names without it."""
+    return {
+        name.removeprefix(prefix): value
+        for name, value in tensors.items()
+        if name.startswith(prefix)
+    }
 
 
 def fitting(shapes: Mapping[str, Shape], entries: Sequence[Entry]) -> list[Fit]:

@@ -91,7 +91,7 @@ def recognise(
         prefix, fits = _fits(shapes, entries)
         if not fits:
             raise ArchitectureError(_none_fits(shapes, [*samples, *entries]))
-    plain = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    plain = unwrapped(tensors, prefix)
     by_structure: dict[tuple[str, str], list[Fit]] = {}
     for fit in fits:
         arguments = str(sorted(fit.architecture.arguments.items()))
