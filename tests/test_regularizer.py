@@ -1,9 +1,11 @@
 """The structural loss's gradient and proximal step, and the limit on the residual."""
 
+from functools import cache
 from itertools import pairwise, product
 
 import numpy as np
 import pytest
+import sympy
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,17 +32,25 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def projection(structure: Structure, weight: torch.Tensor) -> torch.Tensor:
-    """A A^+ W with A written out, a column per placed block of ones."""
+@cache
+def projector(structure: Structure) -> np.ndarray:
+    """A A^+ with A written out, a column per placed block of ones: in fractions, so that no
+    rounding but that of its entries is in it."""
     columns = []
     for corner in product(*(range(count) for count in structure.reduced)):
-        block = np.zeros(structure.dense)
+        block = np.zeros(structure.dense, dtype=int)
         ends = zip(corner, structure.windows, strict=True)
         block[tuple(slice(start, start + window) for start, window in ends)] = 1
-        columns.append(block.ravel())
-    basis = np.stack(columns, axis=1)
+        columns.append(block.ravel().tolist())
+    basis = sympy.Matrix(columns).T
+    exact = basis * (basis.T * basis).inv() * basis.T
+    return np.array(exact.tolist(), dtype=np.float64)
+
+
+def projection(structure: Structure, weight: torch.Tensor) -> torch.Tensor:
+    """A A^+ W."""
     flat = weight.detach().double().flatten(1).numpy()
-    return torch.from_numpy(flat @ (basis @ np.linalg.pinv(basis)).T).reshape(weight.shape)
+    return torch.from_numpy(flat @ projector(structure).T).reshape(weight.shape)
 
 
 def relative_residual(structure: Structure, weight: torch.Tensor) -> float:
