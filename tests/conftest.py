@@ -85,13 +85,18 @@ def short_farewell() -> Iterator[None]:
         yield
 
 
+def shorten_rounds(patch: pytest.MonkeyPatch) -> None:
+    """Models are timed in rounds of 10 ms, where no small difference matters."""
+    for module, settings in ((measure, BenchmarkSettings), (protocol, Protocol)):
+        short = functools.partial(settings, round_ms=10, warmup_ms=30)
+        patch.setattr(module, settings.__name__, short)
+
+
 @pytest.fixture(scope="module")
 def short_rounds() -> Iterator[None]:
-    """Models of microseconds are timed in rounds of 10 ms, where no small difference matters."""
+    """Models of microseconds are timed in short rounds."""
     with pytest.MonkeyPatch.context() as patch:
-        for module, settings in ((measure, BenchmarkSettings), (protocol, Protocol)):
-            short = functools.partial(settings, round_ms=10, warmup_ms=30)
-            patch.setattr(module, settings.__name__, short)
+        shorten_rounds(patch)
         yield
 
 

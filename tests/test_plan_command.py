@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from conftest import shorten_rounds
 from forked import Command
 from onnx import helper, numpy_helper
 from PIL import Image
@@ -317,9 +318,12 @@ def test_the_dearer_plan_loses_less(place: Place, smaller: Path, tmp_path: Path)
     assert prediction_of(out).loss < prediction_of(smaller).loss
 
 
-def test_a_target_for_time_is_measured(place: Place, tmp_path: Path) -> None:
+def test_a_target_for_time_is_measured(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of a model that is large enough for its time to be told from the noise: half way to the
     fastest plan."""
+    shorten_rounds(monkeypatch)
     torch.manual_seed(0)
     layers = [nn.Conv2d(8, 64, 3), *(nn.Conv2d(64, 64, 3) for _ in range(2))]
     large, out = tmp_path / "large.onnx", tmp_path / "plan.json"
