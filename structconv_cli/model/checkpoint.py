@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from structconv_cli.errors import CheckpointError, one_line
 from structconv_cli.model.checkpoint_file import CheckpointFile, read_checkpoint_file
 from structconv_cli.model.checkpoint_kind import Kind
-from structconv_cli.model.state_dict import averaged_beside, find_nesting, wrapper_prefix
+from structconv_cli.model.state_dict import averaged_beside, find_nesting, unwrapped, wrapper_prefix
 from structconv_cli.quoting import legible
 
 
@@ -184,9 +184,7 @@ def _from_torch(path: Path, file: CheckpointFile) -> Checkpoint:
     state = loaded if nesting is None else loaded[nesting]
     named = {key: value.detach() for key, value in state.items() if isinstance(value, Tensor)}
     prefix = wrapper_prefix(named)
-    tensors = {
-        key.removeprefix(prefix): value for key, value in named.items() if key.startswith(prefix)
-    }
+    tensors = unwrapped(named, prefix)
     beside = {
         key: value
         for key, value in state.items()

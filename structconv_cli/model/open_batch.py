@@ -26,8 +26,10 @@ _SHAPED: dict[Any, str] = {
 def open_batch(graph: fx.Graph) -> None:
     """Leave the number of rows open wherever a tensor gets a new shape, in place."""
     rows = _rows(graph)
+    if rows is None:
+        return
     for node in graph.nodes:
-        if rows is None or node.op != "call_function" or node.target not in _SHAPED:
+        if node.op != "call_function" or node.target not in _SHAPED:
             continue
         given = arguments(node)
         shape, after = given[_SHAPED[node.target]], _shape(node)

@@ -16,9 +16,10 @@ from structconv_cli.model.exported_archive import open_exported
 from structconv_cli.model.fitting import fit_arguments
 from structconv_cli.model.input_guess import program_shapes
 from structconv_cli.model.plain import Plain, materialised, plain, trainable
-from structconv_cli.model.recognition.match import unwrapped, wrapper_prefixes
+from structconv_cli.model.recognition.match import wrapper_prefixes
 from structconv_cli.model.recognition.recognise import recognise
 from structconv_cli.model.skeleton import shapes_of, skeleton
+from structconv_cli.model.state_dict import unwrapped
 from structconv_cli.progress import SILENT, Observer
 from structconv_cli.quoting import legible
 

@@ -22,7 +22,7 @@ from structconv_cli.model.eval_mode import eval_mode
 from structconv_cli.model.folded_weight import FoldedLayer
 from structconv_cli.model.inventory import run_once
 from structconv_cli.model.plain_layers import Replaced, is_plain, merge_tied, replace_layers
-from structconv_cli.model.signature import tensors_of
+from structconv_cli.model.signature import are_close, tensors_of
 from structconv_cli.model.traced_module import (
     check_batch,
     export_model,
@@ -30,8 +30,6 @@ from structconv_cli.model.traced_module import (
 )
 from structconv_cli.model.user_names import UserNames
 from structconv_cli.model.wrappers import unwrap
-
-_CLOSE = 1e-4
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,16 +198,9 @@ def _same(before: Sequence[Tensor], model: nn.Module, inputs: Sequence[Tensor]) 
     except ArchitectureError:
         return False
     return len(before) == len(after) and all(
-        one.shape == other.shape and _close(one, other)
+        one.shape == other.shape and are_close(one, other)
         for one, other in zip(before, after, strict=True)
     )
-
-
-def _close(one: Tensor, other: Tensor) -> bool:
-    if not one.is_floating_point():
-        return torch.equal(one, other)
-    missed = (one - other).double().norm()
-    return bool(missed <= _CLOSE * one.double().norm() + torch.finfo(torch.float32).tiny)
 
 
 def _functional(model: nn.Module, inputs: Sequence[Tensor]) -> list[CallSite]:

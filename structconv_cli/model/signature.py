@@ -16,6 +16,9 @@ from structconv_cli.errors import ArchitectureError
 
 INPUT, OUTPUT = "input", "output"
 
+_CLOSE = 1e-4
+"""Relative difference that rounding in float32 explains."""
+
 
 @dataclass(frozen=True)
 class TensorKind:
@@ -54,6 +57,15 @@ def takes_any_number(model: nn.Module) -> bool:
     """Whether a model's forward pass is declared as (*inputs)."""
     parameters = list(inspect.signature(model.forward).parameters.values())
     return bool(parameters) and parameters[0].kind is inspect.Parameter.VAR_POSITIONAL
+
+
+def are_close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two outputs of one shape are the same but for rounding in float32; numbers that are
+    not floating point are the same exactly."""
+    if not one.is_floating_point():
+        return torch.equal(one, other)
+    missed = (one - other).double().norm()
+    return bool(missed <= _CLOSE * one.double().norm() + torch.finfo(torch.float32).tiny)
 
 
 def tensors_of(outputs: Any) -> list[torch.Tensor]:

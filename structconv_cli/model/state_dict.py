@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from structconv_cli.errors import CheckpointError
 from structconv_cli.model.checkpoint_kind import REMEDY
 from structconv_cli.quoting import legible
+
+T = TypeVar("T")
 
 _NESTINGS = ("state_dict", "model_state_dict", "model")
 _AVERAGED = (
@@ -80,6 +82,15 @@ def wrapper_prefix(names: Mapping[str, Tensor]) -> str:
             break
         prefix += wrapper
     return prefix
+
+
+def unwrapped(tensors: Mapping[str, T], prefix: str) -> dict[str, T]:
+    """What lies behind a prefix, by names without it."""
+    return {
+        name.removeprefix(prefix): value
+        for name, value in tensors.items()
+        if name.startswith(prefix)
+    }
 
 
 def _count_tensors(value: object) -> int:

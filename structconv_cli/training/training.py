@@ -78,12 +78,12 @@ class Training:
                     model,
                     multi_avg_fn=get_ema_multi_avg_fn(recipe.averaging),  # type: ignore[no-untyped-call]
                 )
-            # Behind all copies of the model, which would take hooks with them.
-            if recipe.hints and self.teacher is not None:
-                self._features = Features(model, self.teacher, structures)
-            self._runner = hardware.compile(model)
             if self.teacher is not None:
+                # Behind all copies of the model, which would take hooks with them.
+                if recipe.hints:
+                    self._features = Features(model, self.teacher, structures)
                 self.teacher = hardware.compile(self.teacher)
+            self._runner = hardware.compile(model)
 
     # Stages -----------------------------------------------------------------------------------
 

@@ -7,14 +7,11 @@ architecture.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from structconv_cli.model.architecture import Architecture, Argument
 from structconv_cli.model.recognition.description import Description
 from structconv_cli.model.recognition.index import Entry
 from structconv_cli.model.skeleton import Shape
-
-T = TypeVar("T")
 
 _IMAGE_CHANNELS = 3
 _MOST_DIFFERING = 16
@@ -75,15 +72,6 @@ def wrapper_prefixes(shapes: Mapping[str, Shape]) -> list[str]:
         prefix += f"{first}."
         prefixes.append(prefix)
     return prefixes
-
-
-def unwrapped(tensors: Mapping[str, T], prefix: str) -> dict[str, T]:
-    """What lies behind a prefix, by names without it."""
-    return {
-        name.removeprefix(prefix): value
-        for name, value in tensors.items()
-        if name.startswith(prefix)
-    }
 
 
 def fitting(shapes: Mapping[str, Shape], entries: Sequence[Entry]) -> list[Fit]:

@@ -18,11 +18,11 @@ from structconv_cli.model.recognition.match import (
     Fit,
     fitting,
     nearest,
-    unwrapped,
     wrapper_prefixes,
 )
 from structconv_cli.model.recognition.same_outputs import classes_of_equal
 from structconv_cli.model.skeleton import Shape, shapes_of, skeleton
+from structconv_cli.model.state_dict import unwrapped
 from structconv_cli.progress import SILENT, Observer
 
 _MOST_SHOWN = 8
