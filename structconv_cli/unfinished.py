@@ -74,7 +74,8 @@ class Unfinished:
         if not file.is_file():
             return None
         try:
-            state = torch.load(file, weights_only=True)
+            # The rest may run elsewhere: loading a state moves its tensors to where the model is.
+            state = torch.load(file, map_location="cpu", weights_only=True)
             tried = state.pop("tried")
         except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError):
             raise RunFolderError(

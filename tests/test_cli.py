@@ -222,6 +222,10 @@ def test_help_and_version() -> None:
             "mixup",
         ),
         (["convert", "x.pt", "--arch", "a.py:b", "--data", "digits", "--sr-epochs", "9"], "9"),
+        (
+            ["convert", "x.pt", "--arch", "a.py:b", "--data", "digits", "--optimizer", "lion"],
+            "lion",
+        ),
         (["lower", "x.onnx"], "--output"),
         (["lower", "x.onnx", "-o", "y.onnx", "--input-shape", "1x3x8x8"], "1x3x8x8"),
         (["lower", "x.onnx", "-o", "y.onnx", "--input-shape", "x=1xax8"], "x=1xax8"),

@@ -121,6 +121,30 @@ def test_going_on_from_any_epoch_changes_nothing(
     assert told(result) == told(uninterrupted[1])
 
 
+def test_going_on_with_adamw_changes_nothing(tmp_path: Path) -> None:
+    recipe = replace(RECIPE, epochs=4, regularised=1.5, optimizer="adamw", learning_rate=1e-3)
+    keeper = StopsAfter(tmp_path, {})
+    keeper.epochs = 2
+    with pytest.raises(InterruptionError):
+        train(keeper, recipe)
+    model, _ = train(unfinished(tmp_path), recipe)
+    assert_same(model, train(recipe=recipe)[0])
+
+
+def test_what_a_gpu_began_goes_on_without_one(
+    uninterrupted: tuple[nn.Module, FineTuneResult],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    keeper = StopsAfter(tmp_path, {})
+    keeper.epochs = 2
+    with monkeypatch.context() as patched, pytest.raises(InterruptionError):
+        patched.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        train(keeper)
+    model, _ = train(unfinished(tmp_path))
+    assert_same(model, uninterrupted[0])
+
+
 def test_a_kept_state_is_read_without_running_code(tmp_path: Path) -> None:
     keeper = StopsAfter(tmp_path, {})
     keeper.epochs = 1

@@ -10,11 +10,20 @@ import pytest
 import torch
 from test_finetune import STRUCTURES, data, relative_residual, state, trained, tune
 from torch import nn
+from torch.optim import SGD, AdamW
 
 from structconv_cli.data.dataset import Dataset
 from structconv_cli.errors import TrainingError
 from structconv_cli.training.hardware import Hardware
-from structconv_cli.training.recipe import RECIPES, Recipe, named_recipe
+from structconv_cli.training.optimizer import optimizer_for
+from structconv_cli.training.recipe import (
+    OPTIMIZERS,
+    RECIPES,
+    Annealing,
+    Optimizer,
+    Recipe,
+    named_recipe,
+)
 from structconv_cli.training.schedule import Schedule
 
 __all__ = ["data", "trained"]
@@ -26,8 +35,9 @@ BRIEF = Recipe(2, 1.0, batch_size=20, learning_rate=0.02)
 
 
 @pytest.mark.parametrize("steps", [1, 7, 100])
-def test_the_learning_rate_rises_and_falls_to_nothing(steps: int) -> None:
-    schedule = Schedule(Recipe(3, 1.0, learning_rate=0.1), steps)
+@pytest.mark.parametrize("annealing", ["cosine", "linear"])
+def test_the_learning_rate_rises_and_falls_to_nothing(steps: int, annealing: Annealing) -> None:
+    schedule = Schedule(Recipe(3, 1.0, learning_rate=0.1, annealing=annealing), steps)
     rates = [schedule.learning_rate(step) for step in range(schedule.steps + 1)]
     assert schedule.steps == 3 * steps
     assert all(0 < rate <= 0.1 for rate in rates[:-1])
@@ -36,6 +46,12 @@ def test_the_learning_rate_rises_and_falls_to_nothing(steps: int) -> None:
     assert all(a < b for a, b in pairwise(rates[: top + 1]))
     assert all(a > b for a, b in pairwise(rates[top:]))
     assert top <= max(1, 0.06 * 3 * steps)
+
+
+@pytest.mark.parametrize(("annealing", "rate"), [("cosine", 0.1 * 0.75), ("linear", 0.1 * 2 / 3)])
+def test_the_learning_rate_a_third_on(annealing: Annealing, rate: float) -> None:
+    schedule = Schedule(Recipe(3, 1.0, learning_rate=0.1, annealing=annealing), 10)
+    assert schedule.learning_rate(10) == pytest.approx(rate)
 
 
 @pytest.mark.parametrize(("regularised", "steps"), [(0.0, 0), (0.25, 2), (0.3, 3), (2.0, 20)])
@@ -69,6 +85,13 @@ def test_changes_that_are_none_are_none() -> None:
     assert changed == replace(named_recipe("paper", 4), distillation=0.25)
 
 
+def test_each_optimizer_has_a_rate_and_a_decay_of_its_own() -> None:
+    sgd, adamw = (named_recipe("default", 4, optimizer=name) for name in OPTIMIZERS)
+    assert sgd == named_recipe("default", 4)
+    assert adamw == replace(sgd, optimizer="adamw", learning_rate=1e-3, weight_decay=1e-2)
+    assert named_recipe("default", 4, optimizer="adamw", learning_rate=0.5).learning_rate == 0.5
+
+
 def test_the_papers_recipe_leaves_a_residual_to_project(trained: nn.Module, data: Dataset) -> None:
     _, result = tune(trained, data, named_recipe("paper", 2, batch_size=20))
     by_name = {stage.stage: stage.max_residual for stage in result.stages}
@@ -93,6 +116,43 @@ def test_a_rising_strength_draws_less_than_a_fixed_one(trained: nn.Module, data:
         _, result = tune(trained, data, recipe)
         residuals.append({s.stage: s.max_residual for s in result.stages}["regularised"])
     assert residuals[1] < residuals[0]
+
+
+# --- optimizers
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_learns_and_ends_inside(
+    name: Optimizer, trained: nn.Module, data: Dataset
+) -> None:
+    recipe = named_recipe("default", 4, batch_size=20, optimizer=name)
+    tuned, result = tune(trained, data, recipe)
+    for layer, structure in STRUCTURES.items():
+        assert relative_residual(tuned.get_submodule(layer).weight, structure) < 1e-6
+    losses = {stage.stage: stage.evaluation.loss for stage in result.stages}
+    assert losses["fine-tuned"] < losses["batch norm re-estimated"]
+
+
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [
+        ("sgd", lambda w: SGD(w, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.2)),
+        ("adamw", lambda w: AdamW(w, lr=0.1, weight_decay=0.2)),
+    ],
+)
+def test_the_recipes_optimizer_is_torchs(name: Optimizer, reference: Any) -> None:
+    model, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    other.load_state_dict(model.state_dict())
+    recipe = Recipe(1, 0.0, optimizer=name, learning_rate=0.1, weight_decay=0.2)
+    for each, optimizer in (
+        (model, optimizer_for(model, recipe)),
+        (other, reference(other.parameters())),
+    ):
+        for _ in range(3):
+            optimizer.zero_grad()
+            each(torch.ones(1, 3)).square().sum().backward()
+            optimizer.step()
+    assert torch.equal(model.weight, other.weight)
 
 
 # --- averaging

@@ -49,7 +49,9 @@ def convert(
     hints: tuning_options.Hints = None,
     batch_size: tuning_options.BatchSize = 64,
     accumulate: tuning_options.Accumulate = 1,
+    optimizer: tuning_options.OptimizerName = "sgd",
     lr: tuning_options.LearningRate = None,
+    weight_decay: tuning_options.WeightDecay = None,
     stop_at_drop: tuning_options.StopAtDrop = None,
     augment: tuning_options.Augment = None,
     size: options.Size = None,
@@ -101,7 +103,9 @@ def convert(
             sr_epochs,
             batch_size=batch_size,
             accumulate=accumulate,
+            optimizer=optimizer,
             learning_rate=lr,
+            weight_decay=weight_decay,
             sr_lambda=sr_lambda,
             distillation=distill,
             hints=hints,
@@ -141,6 +145,7 @@ def convert(
                 "--distill": distill,
                 "--hints": hints,
                 "--lr": lr,
+                "--weight-decay": weight_decay,
                 "--stop-at-drop": stop_at_drop,
             }
             exact = _convert_onnx(onnx_request(wish, for_checkpoints, dry_run), console)

@@ -21,7 +21,7 @@ from structconv_cli.planning.proposal import REMAINS, ProposalSettings
 from structconv_cli.planning.sensitivity import SensitivitySettings
 from structconv_cli.planning.targets import Targets
 from structconv_cli.training.hardware import Hardware
-from structconv_cli.training.recipe import RECIPES, Recipe, named_recipe
+from structconv_cli.training.recipe import OPTIMIZERS, RECIPES, Recipe, named_recipe
 
 DEFAULT_EPOCHS = 6
 
@@ -165,21 +165,30 @@ def checkpoint_request(
 
 
 def recipe_of(
-    name: str, epochs: int | None, no_finetune: bool, sr_epochs: float | None, **changes: Any
+    name: str,
+    epochs: int | None,
+    no_finetune: bool,
+    sr_epochs: float | None,
+    optimizer: str,
+    **changes: Any,
 ) -> Recipe:
     """How to fine-tune; `changes` are the recipe's other fields, None where nothing was said.
 
     Raises:
-        typer.BadParameter: they do not, or there is no such recipe.
+        typer.BadParameter: they do not, or there is no such recipe or optimizer.
     """
     if no_finetune and epochs:
         raise typer.BadParameter(f"--no-finetune and --epochs {epochs} contradict.")
     if name not in RECIPES:
         raise typer.BadParameter(f"--recipe is one of {', '.join(RECIPES)}; found {name!r}.")
+    if optimizer not in OPTIMIZERS:
+        raise typer.BadParameter(
+            f"--optimizer is one of {', '.join(OPTIMIZERS)}; found {optimizer!r}."
+        )
     count = 0 if no_finetune else DEFAULT_EPOCHS if epochs is None else epochs
     if sr_epochs is not None and sr_epochs > count:
         raise typer.BadParameter(f"--sr-epochs {sr_epochs:g} is more than --epochs {count}.")
-    return named_recipe(name, count, regularised=sr_epochs, **changes)
+    return named_recipe(name, count, regularised=sr_epochs, optimizer=optimizer, **changes)
 
 
 def _check_data(wish: Wish, task: Path | None, trained: bool) -> None:

@@ -7,6 +7,8 @@ from typing import Any, Literal
 Residual = Literal["falling", "proximal", "free"]
 Strength = Literal["fixed", "rising"]
 Aim = Literal["least squares", "projection"]
+Optimizer = Literal["sgd", "adamw"]
+Annealing = Literal["cosine", "linear"]
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,14 @@ class Recipe:
         sr_lambda: weight of the structural loss (the paper's lambda), at its largest.
         batch_size: examples per step and process.
         accumulate: steps whose gradients are added up before the weights change.
-        learning_rate: peak of a cosine schedule with a short warm-up, for SGD with Nesterov
-            momentum 0.9.
+        optimizer: "sgd" with Nesterov momentum 0.9, or "adamw".
+        learning_rate: its peak, after a short warm-up.
+        annealing: how the learning rate falls to zero.
         weight_decay: on all parameters.
         distillation: share of the loss that follows the original model's outputs, 0 to 1; the rest
             is the task's own.
+        hints: weight of the distance between what blocks put out and what the original's do
+            (`training.features`), added to the loss.
         averaging: decay of the moving average of the weights that is the result; 0 for none.
         augment: random changes to training images.
         seed: of all that is random.
@@ -47,7 +52,9 @@ class Recipe:
     sr_lambda: float = 0.1
     batch_size: int = 64
     accumulate: int = 1
+    optimizer: Optimizer = "sgd"
     learning_rate: float = 0.02
+    annealing: Annealing = "cosine"
     weight_decay: float = 5e-4
     distillation: float = 0.5
     hints: float = 0.0
@@ -64,9 +71,16 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
 _SHARES = {"default": 0.1, "paper": 1.0}
 """Of the epochs, in the regularised phase."""
 
+OPTIMIZERS: Mapping[Optimizer, Mapping[str, float]] = {
+    "sgd": {},
+    "adamw": {"learning_rate": 1e-3, "weight_decay": 1e-2},
+}
+"""What a recipe has by default with each optimizer, where that is not `Recipe`'s own."""
+
 
 def named_recipe(name: str, epochs: int, **changes: Any) -> Recipe:
     """One of `RECIPES`, with changes; those that are None are none."""
     given = {key: value for key, value in changes.items() if value is not None}
     regularised = given.pop("regularised", epochs * _SHARES[name])
-    return Recipe(epochs, regularised, **{**RECIPES[name], **given})
+    usual = OPTIMIZERS[given.get("optimizer", "sgd")]
+    return Recipe(epochs, regularised, **{**RECIPES[name], **usual, **given})

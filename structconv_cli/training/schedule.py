@@ -31,9 +31,11 @@ class Schedule:
         return min(self.steps, round(self.recipe.regularised * self.steps_per_epoch))
 
     def learning_rate(self, step: int) -> float:
-        """A cosine from the recipe's peak to zero, after a linear rise over a twentieth."""
+        """From the recipe's peak to zero, after a linear rise over a twentieth."""
         rise = min(1.0, (step + 1) / max(1, round(_WARM_UP * self.steps)))
-        return self.recipe.learning_rate * rise * (1 + math.cos(math.pi * step / self.steps)) / 2
+        gone = step / self.steps
+        left = 1 - gone if self.recipe.annealing == "linear" else (1 + math.cos(math.pi * gone)) / 2
+        return self.recipe.learning_rate * rise * left
 
     def strength(self, step: int) -> float:
         """The structural loss's lambda in the regularised phase."""

@@ -23,6 +23,7 @@ from structconv_cli.tasks.task import Batch, Evaluation, Task
 from structconv_cli.training.descent import Descent, moves_to
 from structconv_cli.training.features import Features
 from structconv_cli.training.hardware import Hardware
+from structconv_cli.training.optimizer import optimizer_for
 from structconv_cli.training.recipe import Recipe
 from structconv_cli.training.record import EpochResult, StageResult
 from structconv_cli.training.schedule import Schedule
@@ -71,7 +72,7 @@ class Training:
         self.stages: list[StageResult] = []
         self.epochs: list[EpochResult] = []
         if recipe.epochs:
-            self._optimizer = self._make_optimizer()
+            self._optimizer = optimizer_for(model, recipe)
             self._average = None
             if recipe.averaging:
                 self._average = AveragedModel(
@@ -248,21 +249,6 @@ class Training:
         self.step += 1
         if self._average is not None and self.crossed:
             self._average.update_parameters(self.model)
-
-    def _make_optimizer(self) -> torch.optim.Optimizer:
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        if not trained:
-            raise TrainingError(
-                "the model has no parameter to train: all are frozen (requires_grad=False). "
-                "Unfreeze some in the factory, or use --epochs 0."
-            )
-        return torch.optim.SGD(
-            trained,
-            lr=self.recipe.learning_rate,
-            momentum=0.9,
-            nesterov=True,
-            weight_decay=self.recipe.weight_decay,
-        )
 
     def _require_finite(self, loss: float, when: str) -> None:
         if not math.isfinite(loss):
