@@ -34,7 +34,9 @@ def failures(written: str = "", kept: Callable[[], str] = str) -> Iterator[None]
         place = f" ({error.filename})" if error.filename else ""
         found = f"{error.strerror or error}{place}"
         _fail(f"{found}. Check the disk's space and permissions.{after} {kept()}")
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not _is_lack_of_memory(error):
+            raise
         _fail(f"not enough memory. Use a smaller --batch-size, --size or dataset.{after} {kept()}")
 
 
@@ -50,6 +52,12 @@ def at_once_among_processes() -> Iterator[None]:
             if launched():
                 leave(stop.exit_code)
         raise
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    """torch tells of it by an error of its own on a GPU, and by the text alone on the CPU."""
+    named = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
+    return isinstance(error, MemoryError) or named or "can't allocate memory" in str(error)
 
 
 def _fail(message: str) -> None:
