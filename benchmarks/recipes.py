@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from structconv_cli.data.dataset import load_dataset
 from structconv_cli.data.spec import DataSpec
+from structconv_cli.data.split import Split
 from structconv_cli.json_file import read_json, write_json
 from structconv_cli.model.architecture import Architecture, build_model
 from structconv_cli.model.checkpoint import load_checkpoint, load_into
@@ -39,12 +40,16 @@ from structconv_cli.structure import Structure
 from structconv_cli.tasks.classification import Classification
 from structconv_cli.training.finetune import finetune
 from structconv_cli.training.hardware import Hardware
-from structconv_cli.training.recipe import Recipe
+from structconv_cli.training.recipe import OPTIMIZERS, Recipe
 from structconv_cli.training.record import FineTuneResult
 from structconv_cli.unfinished import Unfinished
 
 BASE = Recipe(1, 0.0, augment=("crop", "flip"))
 FITTED = {"aim": "least squares"}
+DEFAULT = {"regularised": 0.1, **FITTED}
+
+Row = tuple[str, int, str, int]
+"""Network, training images, recipe, seed."""
 
 WHOLE = -1.0
 """Stands for all epochs."""
@@ -52,35 +57,35 @@ WHOLE = -1.0
 RECIPES: Mapping[str, dict[str, Any]] = {
     "dense": {},
     "dense-labels": {"distillation": 0.0},
-    "default": {"regularised": 0.1, **FITTED},
+    "default": DEFAULT,
+    "default-labels": {**DEFAULT, "distillation": 0.0},
+    "default-d9": {**DEFAULT, "distillation": 0.9},
+    "default-hints": {**DEFAULT, "hints": 1.0},
+    "default-hints-labels": {**DEFAULT, "hints": 1.0, "distillation": 0.0},
+    "default-ema": {**DEFAULT, "averaging": 0.998},
+    "default-lr05": {**DEFAULT, "learning_rate": 0.05},
+    "default-linear": {**DEFAULT, "annealing": "linear"},
+    "default-adamw": {**DEFAULT, "optimizer": "adamw", **OPTIMIZERS["adamw"]},
+    "default-plain": {**DEFAULT, "augment": ()},
+    "third": {"regularised": 1 / 3},
+    "tenth": {"regularised": 0.1},
+    "tenth-labels": {"regularised": 0.1, "distillation": 0.0},
+    "subspace": {},
+    "subspace-labels": {"distillation": 0.0},
+    "subspace-d9": {"distillation": 0.9},
+    "subspace-lr05": {"learning_rate": 0.05},
+    "fitted": FITTED,
+    "fitted-labels": {**FITTED, "distillation": 0.0},
     "paper": {"regularised": WHOLE, "residual": "free", "distillation": 0.0},
     "free": {"regularised": WHOLE, "residual": "free"},
     "rising": {"regularised": WHOLE, "residual": "free", "strength": "rising", "sr_lambda": 2.0},
     "proximal": {"regularised": 1 / 3, "residual": "proximal", "sr_lambda": 2.0},
-    "third": {"regularised": 1 / 3},
-    "tenth": {"regularised": 0.1},
-    "default-hints": {"regularised": 0.1, "hints": 1.0, **FITTED},
-    "default-hints-d0": {"regularised": 0.1, "hints": 1.0, "distillation": 0.0, **FITTED},
-    "default-labels": {"regularised": 0.1, "distillation": 0.0, **FITTED},
-    "default-ema": {"regularised": 0.1, "averaging": 0.998, **FITTED},
-    "default-lr05": {"regularised": 0.1, "learning_rate": 0.05, **FITTED},
-    "tenth-l1": {"regularised": 0.1, "sr_lambda": 1.0},
-    "subspace": {},
-    "subspace-labels": {"distillation": 0.0},
-    "third-labels": {"regularised": 1 / 3, "distillation": 0.0},
-    "subspace-d9": {"distillation": 0.9},
-    "subspace-d1": {"distillation": 1.0},
-    "subspace-lr05": {"learning_rate": 0.05},
-    "subspace-lr1": {"learning_rate": 0.1},
-    "subspace-b128": {"learning_rate": 0.04, "batch_size": 128},
-    "subspace-b32": {"batch_size": 32},
-    "subspace-ema": {"averaging": 0.998},
-    "subspace-wd1": {"weight_decay": 1e-4},
-    "fitted": FITTED,
-    "fitted-lr05": {"learning_rate": 0.05, **FITTED},
-    "fitted-ema": {"averaging": 0.998, **FITTED},
-    "tenth-lr05": {"regularised": 0.1, "learning_rate": 0.05},
-    "tenth-lr05-d9": {"regularised": 0.1, "learning_rate": 0.05, "distillation": 0.9},
+    "proximal-labels": {
+        "regularised": 1 / 3,
+        "residual": "proximal",
+        "sr_lambda": 2.0,
+        "distillation": 0.0,
+    },
 }
 
 
@@ -90,16 +95,22 @@ class Outcome:
 
     network: str
     name: str
+    images: int
     precision: str
     seconds: float
     result: FineTuneResult
 
     @property
-    def score(self) -> float:
-        return self.result.stages[-1].evaluation.score
+    def epochs(self) -> int:
+        return self.result.recipe.epochs
 
-    def order(self) -> tuple[str, int, float]:
-        return self.network, self.result.recipe.epochs, -self.score
+    def row(self) -> "Row":
+        return self.network, self.images, self.name, self.result.recipe.seed
+
+    def cell(self) -> str:
+        scores = {stage.stage: stage.evaluation.score for stage in self.result.stages}
+        final = self.result.stages[-1].evaluation.score
+        return f"{final:.2f} ({scores['batch norm re-estimated']:.2f})"
 
 
 def run(options: argparse.Namespace, name: str, unfinished: Unfinished, weights: Path) -> Outcome:
@@ -115,6 +126,8 @@ def run(options: argparse.Namespace, name: str, unfinished: Unfinished, weights:
         **changes,
     )
     data = load_dataset(DataSpec(str(options.data), mean=MEAN, std=STD), channels=3)
+    if options.per_class:
+        data = replace(data, train=data.train.part(first_of_each(data.train, options.per_class)))
     model = build_model(Architecture(f"{ROOT}/sample_models/resnet_cifar.py:{options.network}"))
     original = options.weights or options.checkpoints / CHECKPOINTS[options.network]
     load_into(model, load_checkpoint(original))
@@ -126,14 +139,26 @@ def run(options: argparse.Namespace, name: str, unfinished: Unfinished, weights:
         structures,
         task,
         recipe,
-        hardware=Hardware(precision=options.precision, compiled=options.compile),
+        hardware=Hardware(
+            precision=options.precision,
+            channels_last=options.channels_last,
+            compiled=options.compile,
+        ),
         keeper=unfinished,
         observer=Log(),
         fit=lambda: fitted(model, structures, task),
     )
     torch.save(tuned.state_dict(), weights)
     seconds = sum(stage.seconds for stage in result.stages)
-    return Outcome(options.network, name, options.precision, seconds, result)
+    images = len(data.train)
+    return Outcome(options.network, name, images, options.precision, seconds, result)
+
+
+def first_of_each(split: Split, count: int) -> Tensor:
+    """Indices of the first examples of each class."""
+    labels = split.labels
+    assert labels is not None
+    return torch.cat([(labels == label).nonzero()[:count, 0] for label in labels.unique()])
 
 
 def structures_of(model: nn.Module, options: argparse.Namespace) -> Mapping[str, Structure]:
@@ -157,16 +182,16 @@ def fitted(
 
 def table(work: Path) -> None:
     found = [read_json(file, Outcome) for file in sorted(work.glob("*.json"))]
-    print("| network | epochs | recipe | seed | projected | result | seconds |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for outcome in sorted(found, key=Outcome.order):
-        recipe = outcome.result.recipe
-        scores = {stage.stage: stage.evaluation.score for stage in outcome.result.stages}
-        print(
-            f"| {outcome.network} | {recipe.epochs} | {outcome.name} | {recipe.seed} "
-            f"| {scores['batch norm re-estimated']:.2f} | {outcome.score:.2f} "
-            f"| {outcome.seconds:.0f} |"
-        )
+    budgets = sorted({outcome.epochs for outcome in found})
+    rows: dict[Row, dict[int, str]] = {}
+    for outcome in found:
+        rows.setdefault(outcome.row(), {})[outcome.epochs] = outcome.cell()
+    print("accuracy (%), by epochs; in brackets as it entered the subspaces\n")
+    print("| network | images | recipe | seed |", *(f"{epochs} |" for epochs in budgets))
+    print("| --- " * (4 + len(budgets)) + "|")
+    for (*words, seed), cells in sorted(rows.items()):
+        scores = [cells.get(epochs, "") for epochs in budgets]
+        print("|", " | ".join([*map(str, words), str(seed), *scores]), "|")
 
 
 def main() -> None:
@@ -177,8 +202,10 @@ def main() -> None:
     parser.add_argument("--structure", default="2x2")
     parser.add_argument("--plan", type=Path)
     parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--per-class", type=int, help="train with so many images of each class")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--data", type=Path)

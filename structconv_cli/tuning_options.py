@@ -73,7 +73,7 @@ TrainPrecision = Annotated[
     typer.Option(
         "--precision",
         rich_help_panel="Training hardware",
-        help="fp32, or bf16 (autocast): about twice as fast where the processor has it.",
+        help="fp32, or bf16 (autocast): up to twice as fast where the processor has it.",
     ),
 ]
 ChannelsLast = Annotated[
@@ -81,7 +81,7 @@ ChannelsLast = Annotated[
     typer.Option(
         "--channels-last",
         rich_help_panel="Training hardware",
-        help="Lay out images and weights so: quicker on GPUs.",
+        help="Lay out images and weights so: quicker on GPUs, and for most networks on CPUs.",
     ),
 ]
 Compile = Annotated[

@@ -1,5 +1,6 @@
 """Recipes, schedules and hardware: laws of the training loop."""
 
+import math
 import shutil
 from dataclasses import replace
 from itertools import pairwise
@@ -226,6 +227,25 @@ def test_other_ways_to_compute_give_a_like_result(
     assert all(value.dtype == state(plain)[name].dtype for name, value in state(found).items())
     difference = one.stages[-1].evaluation.loss - other.stages[-1].evaluation.loss
     assert abs(difference) < 0.1 * one.stages[-1].evaluation.loss + 0.05
+
+
+class Viewed(nn.Sequential):
+    """Flattens by view, which asks for the plain layout."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        *features, linear = self
+        for module in features:
+            x = module(x)
+        scores: torch.Tensor = linear(x.view(x.shape[0], -1))
+        return scores
+
+
+def test_a_model_that_cannot_be_channels_last_is_told(data: Dataset) -> None:
+    pixels = math.prod(data.train.image_shape[1:])
+    model = Viewed(nn.Conv2d(1, 8, 3, padding=1), nn.Linear(8 * pixels, 4))
+    tune(model, data, BRIEF, structures={})
+    with pytest.raises(TrainingError, match=r"view\(\).*Leave out --channels-last"):
+        tune(model, data, BRIEF, structures={}, hardware=Hardware(channels_last=True))
 
 
 @pytest.mark.slow

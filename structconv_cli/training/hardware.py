@@ -1,7 +1,7 @@
 """Where and in what precision training runs."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,7 +22,8 @@ class Hardware:
     Attributes:
         device: "cpu" or "cuda"; with several processes, each takes the GPU of its local rank.
         precision: "bf16" computes convolutions and products in bfloat16 (autocast).
-        channels_last: whether images and weights are laid out so: quicker on GPUs.
+        channels_last: whether images and weights are laid out so: quicker on GPUs, and for most
+            networks on CPUs.
         compiled: whether `torch.compile` is used.
     """
 
@@ -83,25 +84,28 @@ class Hardware:
         return torch.compile(model) if self.compiled else model  # type: ignore[return-value]
 
     @contextmanager
-    def compiling(self) -> Iterator[None]:
-        """Where a compiled model is run.
+    def running(self) -> Iterator[None]:
+        """Where a model is run: in the precision chosen.
 
         Raises:
-            TrainingError: it cannot be compiled.
+            TrainingError: it cannot be compiled, or its feature maps cannot be channels-last.
         """
-        if not self.compiled:
-            yield
-            return
-        from torch._dynamo.exc import TorchDynamoException
-
         try:
-            yield
-        except TorchDynamoException as error:
-            raise TrainingError(
-                f"--compile: torch.compile failed: {one_line(error)[:300]}. It needs a C++ "
-                "compiler, and a model that it can trace; leave out --compile."
-            ) from None
+            with torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16"):
+                yield
+        except RuntimeError as error:
+            if self.compiled:
+                from torch._dynamo.exc import TorchDynamoException
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """The precision, for the block."""
-        return torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16")
+                if isinstance(error, TorchDynamoException):
+                    raise TrainingError(
+                        f"--compile: torch.compile failed: {one_line(error)[:300]}. It needs a C++ "
+                        "compiler, and a model that it can trace; leave out --compile."
+                    ) from None
+            if self.channels_last and "view size is not compatible" in str(error):
+                raise TrainingError(
+                    "--channels-last: the model calls view() on a feature map, which then is not "
+                    "laid out for it. Leave out --channels-last, or write reshape() or flatten() "
+                    "for view()."
+                ) from None
+            raise

@@ -105,7 +105,7 @@ class Training:
         hardware = self.hardware
 
         def forward(batch: Batch) -> Any:
-            with torch.no_grad(), hardware.autocast():
+            with torch.no_grad(), hardware.running():
                 return self.task.forward(self.model, hardware.move(batch))
 
         with eval_mode(self.model):
@@ -211,7 +211,7 @@ class Training:
         waits = isinstance(self._runner, DistributedDataParallel) and not last
         watched = nullcontext() if self._features is None else self._features.watched()
         with reached(), self._runner.no_sync() if waits else nullcontext():  # type: ignore[operator]
-            with self.hardware.compiling(), self.hardware.autocast(), watched:
+            with self.hardware.running(), watched:
                 outputs = self.task.forward(self._runner, batch)
                 loss = self._loss(outputs, batch)
             (loss / self.recipe.accumulate).backward()  # type: ignore[no-untyped-call]
