@@ -15,6 +15,7 @@ from torch.optim import SGD, AdamW
 
 from structconv_cli.data.dataset import Dataset
 from structconv_cli.errors import TrainingError
+from structconv_cli.tasks.classification import Classification
 from structconv_cli.training.hardware import Hardware
 from structconv_cli.training.optimizer import optimizer_for
 from structconv_cli.training.recipe import (
@@ -225,6 +226,9 @@ def test_other_ways_to_compute_give_a_like_result(
         assert relative_residual(found.get_submodule(name).weight, structure) < 1e-6
     assert all(value.is_contiguous() for value in found.state_dict().values())
     assert all(value.dtype == state(plain)[name].dtype for name, value in state(found).items())
+    task = Classification(data, BRIEF.batch_size, (), BRIEF.seed)
+    judged = task.evaluate(lambda batch: found(batch[0]))
+    assert other.stages[-1].evaluation.loss == pytest.approx(judged.loss, rel=1e-5)
     difference = one.stages[-1].evaluation.loss - other.stages[-1].evaluation.loss
     assert abs(difference) < 0.1 * one.stages[-1].evaluation.loss + 0.05
 

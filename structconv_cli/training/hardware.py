@@ -21,7 +21,7 @@ class Hardware:
 
     Attributes:
         device: "cpu" or "cuda"; with several processes, each takes the GPU of its local rank.
-        precision: "bf16" computes convolutions and products in bfloat16 (autocast).
+        precision: of steps; "bf16" computes convolutions and products in bfloat16 (autocast).
         channels_last: whether images and weights are laid out so: quicker on GPUs, and for most
             networks on CPUs.
         compiled: whether `torch.compile` is used.
@@ -84,14 +84,15 @@ class Hardware:
         return torch.compile(model) if self.compiled else model  # type: ignore[return-value]
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """Where a model is run: in the precision chosen.
+    def running(self, precision: Precision | None = None) -> Iterator[None]:
+        """Where a model is run: in the precision chosen, or in this one.
 
         Raises:
             TrainingError: it cannot be compiled, or its feature maps cannot be channels-last.
         """
         try:
-            with torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16"):
+            reduced = (precision or self.precision) == "bf16"
+            with torch.autocast(self.device, torch.bfloat16, enabled=reduced):
                 yield
         except RuntimeError as error:
             if self.compiled:

@@ -101,11 +101,11 @@ class Training:
             self.observer.note(self.task.metric.text(found.score))
 
     def evaluate(self) -> Evaluation:
-        """The model as it is, on the validation part."""
+        """The model as it is, on the validation part, in float32: so it will be served."""
         hardware = self.hardware
 
         def forward(batch: Batch) -> Any:
-            with torch.no_grad(), hardware.running():
+            with torch.no_grad(), hardware.running("fp32"):
                 return self.task.forward(self.model, hardware.move(batch))
 
         with eval_mode(self.model):
