@@ -147,6 +147,7 @@ def run(options: argparse.Namespace, name: str, unfinished: Unfinished, weights:
         keeper=unfinished,
         observer=Log(),
         fit=lambda: fitted(model, structures, task),
+        judge_epochs=False,
     )
     torch.save(tuned.state_dict(), weights)
     seconds = sum(stage.seconds for stage in result.stages)

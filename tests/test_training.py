@@ -157,6 +157,18 @@ def test_the_recipes_optimizer_is_torchs(name: Optimizer, reference: Any) -> Non
     assert torch.equal(model.weight, other.weight)
 
 
+# --- judging
+
+
+def test_epochs_that_are_not_judged_train_the_same(trained: nn.Module, data: Dataset) -> None:
+    judged, one = tune(trained, data, BRIEF)
+    unjudged, other = tune(trained, data, BRIEF, judge_epochs=False)
+    assert one.epochs[0].evaluation is not None
+    assert all(epoch.evaluation is None for epoch in other.epochs)
+    assert other.stages[-1].evaluation == one.stages[-1].evaluation
+    assert torch.equal(judged[0].weight, unjudged[0].weight)
+
+
 # --- averaging
 
 

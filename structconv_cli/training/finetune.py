@@ -46,6 +46,7 @@ def finetune(
     observer: Observer = SILENT,
     teacher: nn.Module | None = None,
     fit: Callable[[], Mapping[str, torch.Tensor]] = dict,
+    judge_epochs: bool = True,
 ) -> tuple[nn.Module, FineTuneResult]:
     """Return a tuned copy of the model, its planned weights inside their subspaces, and the record.
 
@@ -62,6 +63,8 @@ def finetune(
         teacher: whose outputs are followed; by default the model's.
         fit: finds the parameters that the recipe may aim at (`Recipe.aim`), by name; those of
             structured layers inside their subspaces. Called in process 0, if at all.
+        judge_epochs: whether the model is judged after each epoch, and not only after each stage;
+            without it nothing can be enough.
 
     Raises:
         TrainingError: the loss stops being a finite number, nothing can be trained, or another
@@ -69,7 +72,9 @@ def finetune(
     """
     tuned, hardware = copy.deepcopy(model), hardware or Hardware()
     with torch.random.fork_rng():
-        training = Training(tuned, structures, task, recipe, hardware, world, observer, teacher)
+        training = Training(
+            tuned, structures, task, recipe, hardware, world, observer, teacher, judge_epochs
+        )
         try:
             _train(training, keeper, enough, fit)
         finally:

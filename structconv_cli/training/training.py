@@ -43,6 +43,8 @@ class Training:
         hardware: where.
         world: the processes that train together.
         observer: is told of the stages and steps.
+        teacher: whose outputs are followed; the model as it is now, if none is given.
+        judge_epochs: whether the model is judged after each epoch too.
     """
 
     def __init__(
@@ -55,9 +57,11 @@ class Training:
         world: World,
         observer: Observer,
         teacher: nn.Module | None = None,
+        judge_epochs: bool = True,
     ) -> None:
         self.structures, self.task, self.recipe = structures, task, recipe
         self.hardware, self.world, self.observer = hardware, world, observer
+        self.judge_epochs = judge_epochs
         self.model = hardware.place(model)
         self.schedule = Schedule(recipe, max(1, task.steps // recipe.accumulate))
         self.descent = Descent(structured_parameters(model, structures), self.schedule)
@@ -189,10 +193,11 @@ class Training:
 
     def _record_epoch(self, loss: float) -> None:
         loss = float(self.world.sum(torch.tensor(loss))) / self.world.size
-        found = self.evaluate() if self.epoch < self.recipe.epochs else None
+        judged = self.judge_epochs and self.epoch < self.recipe.epochs
+        found = self.evaluate() if judged else None
         self.epochs.append(EpochResult(self.epoch, self.phase, loss, self._max_residual(), found))
-        judged = f", {self.task.metric.text(found.score)}" if found else ""
-        self.observer.note(f"epoch {self.epoch} of {self.recipe.epochs}, loss {loss:.4f}{judged}")
+        score = f", {self.task.metric.text(found.score)}" if found else ""
+        self.observer.note(f"epoch {self.epoch} of {self.recipe.epochs}, loss {loss:.4f}{score}")
 
     def _set_training(self) -> None:
         self._runner.train()
