@@ -63,6 +63,7 @@ RECIPES: Mapping[str, dict[str, Any]] = {
     "default-hints": {**DEFAULT, "hints": 1.0},
     "default-hints-labels": {**DEFAULT, "hints": 1.0, "distillation": 0.0},
     "default-ema": {**DEFAULT, "averaging": 0.998},
+    "default-lr01": {**DEFAULT, "learning_rate": 0.01},
     "default-lr05": {**DEFAULT, "learning_rate": 0.05},
     "default-linear": {**DEFAULT, "annealing": "linear"},
     "default-adamw": {**DEFAULT, "optimizer": "adamw", **OPTIMIZERS["adamw"]},
