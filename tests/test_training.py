@@ -225,8 +225,21 @@ def test_batches_that_make_no_whole_step_are_left_out(data: Dataset) -> None:
 # --- hardware
 
 
+ON_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+
+
 @pytest.mark.parametrize(
-    "changes", [{"precision": "bf16"}, {"channels_last": True}], ids=["bf16", "channels last"]
+    "changes",
+    [
+        pytest.param({"precision": "bf16"}, id="bf16"),
+        pytest.param({"channels_last": True}, id="channels last"),
+        pytest.param({"device": "cuda"}, id="GPU", marks=ON_A_GPU),
+        pytest.param(
+            {"device": "cuda", "precision": "bf16", "channels_last": True},
+            id="GPU, bf16, channels last",
+            marks=ON_A_GPU,
+        ),
+    ],
 )
 def test_other_ways_to_compute_give_a_like_result(
     changes: dict[str, Any], trained: nn.Module, data: Dataset
@@ -240,7 +253,9 @@ def test_other_ways_to_compute_give_a_like_result(
     assert all(value.dtype == state(plain)[name].dtype for name, value in state(found).items())
     task = Classification(data, BRIEF.batch_size, (), BRIEF.seed)
     judged = task.evaluate(lambda batch: found(batch[0]))
-    assert other.stages[-1].evaluation.loss == pytest.approx(judged.loss, rel=1e-5)
+    # A GPU's float32 convolutions may round as TF32 does, to 11 bits.
+    rounding = 1e-5 if "device" not in changes else 1e-2
+    assert other.stages[-1].evaluation.loss == pytest.approx(judged.loss, rel=rounding)
     difference = one.stages[-1].evaluation.loss - other.stages[-1].evaluation.loss
     assert abs(difference) < 0.1 * one.stages[-1].evaluation.loss + 0.05
 
