@@ -105,10 +105,12 @@ def check(layer_moments: activations.Moments, patches: np.ndarray) -> None:
     mean = patches.mean(1)
     second = np.einsum("gni,gnj->gij", patches, patches) / count
     scale = np.abs(second).max()
-    np.testing.assert_allclose(layer_moments.mean, mean, rtol=0, atol=1e-6 * scale**0.5)
-    np.testing.assert_allclose(layer_moments.second, second, rtol=0, atol=1e-6 * scale)
+    # ONNX Runtime computed the activations in float32, in an order that depends on the processor:
+    # some ten roundings (6e-8 each) in an activation, twice that in a product of two.
+    np.testing.assert_allclose(layer_moments.mean, mean, rtol=0, atol=2e-6 * scale**0.5)
+    np.testing.assert_allclose(layer_moments.second, second, rtol=0, atol=4e-6 * scale)
     covariance = second - mean[:, :, None] * mean[:, None, :]
-    np.testing.assert_allclose(layer_moments.covariance, covariance, rtol=0, atol=2e-6 * scale)
+    np.testing.assert_allclose(layer_moments.covariance, covariance, rtol=0, atol=8e-6 * scale)
 
 
 @pytest.mark.parametrize("conv", CONVS)
