@@ -21,14 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from planning import CHECKPOINTS, MEAN, ROOT, STD, Log, uniform_structures
+from planning import CHECKPOINTS, MEAN, ROOT, STD, Log, architecture, uniform_structures
 from torch import Tensor, nn
 
 from structconv_cli.data.dataset import load_dataset
 from structconv_cli.data.spec import DataSpec
 from structconv_cli.data.split import Split
 from structconv_cli.json_file import read_json, write_json
-from structconv_cli.model.architecture import Architecture, build_model
 from structconv_cli.model.checkpoint import load_checkpoint, load_into
 from structconv_cli.onnx.export import export_onnx
 from structconv_cli.plan import read_plan
@@ -47,6 +46,7 @@ from structconv_cli.unfinished import Unfinished
 BASE = Recipe(1, 0.0, augment=("crop", "flip"))
 FITTED = {"aim": "least squares"}
 DEFAULT = {"regularised": 0.1, **FITTED}
+PROXIMAL = {"regularised": 1 / 3, "residual": "proximal", "sr_lambda": 2.0}
 
 Row = tuple[str, int, str, int]
 """Network, training images, recipe, seed."""
@@ -80,13 +80,8 @@ RECIPES: Mapping[str, dict[str, Any]] = {
     "paper": {"regularised": WHOLE, "residual": "free", "distillation": 0.0},
     "free": {"regularised": WHOLE, "residual": "free"},
     "rising": {"regularised": WHOLE, "residual": "free", "strength": "rising", "sr_lambda": 2.0},
-    "proximal": {"regularised": 1 / 3, "residual": "proximal", "sr_lambda": 2.0},
-    "proximal-labels": {
-        "regularised": 1 / 3,
-        "residual": "proximal",
-        "sr_lambda": 2.0,
-        "distillation": 0.0,
-    },
+    "proximal": PROXIMAL,
+    "proximal-labels": {**PROXIMAL, "distillation": 0.0},
 }
 
 
@@ -105,7 +100,7 @@ class Outcome:
     def epochs(self) -> int:
         return self.result.recipe.epochs
 
-    def row(self) -> "Row":
+    def row(self) -> Row:
         return self.network, self.images, self.name, self.result.recipe.seed
 
     def cell(self) -> str:
@@ -129,7 +124,7 @@ def run(options: argparse.Namespace, name: str, unfinished: Unfinished, weights:
     data = load_dataset(DataSpec(str(options.data), mean=MEAN, std=STD), channels=3)
     if options.per_class:
         data = replace(data, train=data.train.part(first_of_each(data.train, options.per_class)))
-    model = build_model(Architecture(f"{ROOT}/sample_models/resnet_cifar.py:{options.network}"))
+    model = architecture(options.network)
     original = options.weights or options.checkpoints / CHECKPOINTS[options.network]
     load_into(model, load_checkpoint(original))
     structures = {} if name.startswith("dense") else structures_of(model, options)

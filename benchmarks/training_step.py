@@ -4,8 +4,8 @@
     python benchmarks/training_step.py resnet50 --batch 16 --size 224
 
 A step is that of the default recipe: the original's outputs, the model's, loss, gradients, SGD. The
-ways take turns, on random images; ratios are to float32 in the same round. ResNet-20 is the sample
-model; others are torchvision's (`pip install --no-deps torchvision==0.28.0`).
+ways take turns, on random images; ratios are to float32 in the same round. CIFAR-10 ResNets are the
+sample models; others are torchvision's (`pip install --no-deps torchvision==0.28.0`).
 """
 
 import argparse
@@ -17,11 +17,10 @@ from itertools import product
 
 import torch
 from architectures import torchvision_model
-from planning import ROOT
+from planning import CHECKPOINTS, architecture
 from torch import Tensor, nn
 from torch.nn import functional
 
-from structconv_cli.model.architecture import Architecture, build_model
 from structconv_cli.tasks.distillation import divergence
 from structconv_cli.training.hardware import Hardware
 from structconv_cli.training.optimizer import optimizer_for
@@ -36,7 +35,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--uncompiled", action="store_true", help="leave out torch.compile")
     options = parser.parse_args()
-    model = network(options.model)
+    own = options.model in CHECKPOINTS
+    model = architecture(options.model) if own else torchvision_model(options.model)
     images = torch.randn(options.batch, 3, options.size, options.size)
     labels = torch.randint(10, (options.batch,))
     ways = [
@@ -64,12 +64,6 @@ def main() -> None:
         low, middle, high = statistics.quantiles(ratios, n=4)
         words = ["yes" if chosen else "" for chosen in (way.channels_last, way.compiled)]
         print(f"| {way.precision} | {' | '.join(words)} | {middle:.2f} ({low:.2f} to {high:.2f}) |")
-
-
-def network(name: str) -> nn.Module:
-    if name.startswith("resnet20"):
-        return build_model(Architecture(f"{ROOT}/sample_models/resnet_cifar.py:{name}"))
-    return torchvision_model(name)
 
 
 def step_of(model: nn.Module, way: Hardware, images: Tensor, labels: Tensor) -> Callable[[], None]:

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -179,16 +179,17 @@ def recipe_of(
     """
     if no_finetune and epochs:
         raise typer.BadParameter(f"--no-finetune and --epochs {epochs} contradict.")
-    if name not in RECIPES:
-        raise typer.BadParameter(f"--recipe is one of {', '.join(RECIPES)}; found {name!r}.")
-    if optimizer not in OPTIMIZERS:
-        raise typer.BadParameter(
-            f"--optimizer is one of {', '.join(OPTIMIZERS)}; found {optimizer!r}."
-        )
+    _require_one_of(RECIPES, "--recipe", name)
+    _require_one_of(OPTIMIZERS, "--optimizer", optimizer)
     count = 0 if no_finetune else DEFAULT_EPOCHS if epochs is None else epochs
     if sr_epochs is not None and sr_epochs > count:
         raise typer.BadParameter(f"--sr-epochs {sr_epochs:g} is more than --epochs {count}.")
     return named_recipe(name, count, regularised=sr_epochs, optimizer=optimizer, **changes)
+
+
+def _require_one_of(known: Collection[str], option: str, found: str) -> None:
+    if found not in known:
+        raise typer.BadParameter(f"{option} is one of {', '.join(known)}; found {found!r}.")
 
 
 def _check_data(wish: Wish, task: Path | None, trained: bool) -> None:
