@@ -41,7 +41,7 @@ def rows(name: str, speedups: list[float], cache: Path, threads: int, batch: int
     feeds = {"input": torch.randn(batch, 3, side, side).numpy()}
     target = Target(threads=threads, batch_size=batch)
     start = time.perf_counter()
-    planner = Planner(model, feeds, None, ProposalSettings(target, cache))
+    planner = Planner(model, feeds, None, ProposalSettings(target, cache, tuned=False))
     first = time.perf_counter() - start
     found = []
     for speedup in speedups:

@@ -122,7 +122,7 @@ class Study:
         files = {share: self.folder / f"{share}.json" for share in self.options.shares}
         if not all(file.exists() for file in files.values()):
             samples = Samples({INPUT: self.drawn[0]})
-            settings = ProposalSettings(timings=self.options.work / "timings.json")
+            settings = ProposalSettings(timings=self.options.work / "timings.json", tuned=False)
             planner = Planner(self.graph, {INPUT: self.drawn[0][:1]}, samples, settings)
             for share, file in files.items():
                 write_json(planner.propose(Targets(macs=share)).plan, file)

@@ -68,7 +68,7 @@ class OnnxRequest:
     channels: float = 1.0
     plan_file: Path | None = None
     targets: Targets = field(default_factory=Targets)
-    proposal: ProposalSettings = field(default_factory=lambda: ProposalSettings(remains=1.0))
+    proposal: ProposalSettings = field(default_factory=lambda: ProposalSettings(tuned=False))
     images: int = 512
     lowering: LoweringSettings = field(default_factory=LoweringSettings)
     seed: int = 0

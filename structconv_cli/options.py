@@ -197,6 +197,14 @@ PlanSeconds = Annotated[
         help="About how long predicting may take; what is not measured then is interpolated.",
     ),
 ]
+Untuned = Annotated[
+    bool,
+    typer.Option(
+        "--no-finetune",
+        help="Plan for a model that is not fine-tuned, as an ONNX file never is: for the least "
+        "loss before fine-tuning instead of the least behind it.",
+    ),
+]
 JudgedPlan = Annotated[
     Path | None,
     typer.Option("--plan", help="Predict what this plan file does, instead of making a plan."),

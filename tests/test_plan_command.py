@@ -376,6 +376,19 @@ def counted(path: Path) -> tuple[int, int]:
     return macs, parameters
 
 
+def test_without_tuning_the_plan_has_the_least_loss(
+    place: Place, smaller: Path, tmp_path: Path
+) -> None:
+    weights, *arch = place.checkpoint
+    out, words = tmp_path / "plan.json", [*arch, *place.data, *QUICK, "--target-macs=0.33"]
+    done(plan(place, out, *words, "--no-finetune", model=weights))
+    untuned, tuned = prediction_of(out), prediction_of(smaller)
+    assert untuned.loss <= tuned.loss * (1 + 1e-9)
+    assert untuned.after.parameters <= tuned.after.parameters
+    for found in (untuned, tuned):
+        assert found.after.multiplications <= 0.33 * found.before.multiplications
+
+
 @pytest.fixture(scope="module")
 def obeyed(place: Place, smaller: Path) -> Path:
     """The run folder of the plan for a third of the MACs."""

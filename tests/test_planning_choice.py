@@ -19,13 +19,13 @@ from structconv_cli.errors import PlanError
 from structconv_cli.planning import choice
 from structconv_cli.planning.choice import Choice, Quantity, choose
 from structconv_cli.planning.clock import Clock
-from structconv_cli.planning.goal import best_measured, curve, fastest, solve
+from structconv_cli.planning.goal import SPARING, best_measured, curve, fastest, solve
 from structconv_cli.planning.latency import State
 from structconv_cli.planning.options import LayerOptions, ModelOptions, Option
 from structconv_cli.planning.targets import Targets, parse_latency
 from structconv_cli.structure import Structure
 
-QUANTITIES: tuple[Quantity, ...] = ("ms", "loss", "macs", "parameters")
+QUANTITIES: tuple[Quantity, ...] = ("ms", "loss", "macs", "parameters", "kept")
 
 
 def option(
@@ -128,6 +128,7 @@ def combined(
         "macs": options.fixed_cost.multiplications + sum(x.cost.multiplications for x in taken),
         "parameters": options.fixed_cost.parameters + sum(x.cost.parameters for x in taken),
     }
+    totals["kept"] = -totals["parameters"]
     named = tuple(name for name in options.half_ms if name in halves)
     return Combination(taken, tuple(sorted(parts)), named, totals)
 
@@ -421,6 +422,39 @@ def test_targets_are_met_at_the_least_loss_or_refused_with_a_remedy_that_works(
     # What was measured slower than predicted is left as it is.
     slow = 1.0 if remedy.speedup == 1 else slow
     assert solve(options, remedy, clock, None, slow) is not None
+
+
+@given(random_models(), asked, st.sampled_from([0.0, 2.5, 9.0]))
+@settings(max_examples=100, deadline=None)
+def test_a_plan_to_be_tuned_spares_parameters_for_a_little_more_loss(
+    options: ModelOptions, targets: Targets, most: float
+) -> None:
+    most_loss = most if targets.max_drop is not None else None
+    limits = limits_of_targets(options, targets, Clock(), most_loss, 1.0)
+    paying = targets.macs is not None or targets.parameters is not None
+    best = least(options, "loss", limits, paying=paying)
+    if best is None and paying:
+        best, paying = least(options, "loss", limits), False
+    assume(best is not None)
+    assert best is not None
+    within = [*limits, ("loss", SPARING * best.totals["loss"])]
+    sparing = least(options, "kept", within, paying=paying)
+    assert sparing is not None
+    found = solve(options, targets, Clock(), most_loss, tuned=True)
+    assert as_combination(options, found).keeps(within)
+    assert found.cost.parameters >= 0.998 * sparing.totals["parameters"]
+    # Of those that keep as many, none has less loss.
+    alike = least(options, "loss", [*within, ("kept", found.total("kept"))], paying=paying)
+    assert alike is not None
+    assert found.loss == pytest.approx(alike.totals["loss"], abs=1e-6)
+
+
+def test_of_plans_that_keep_as_many_parameters_the_one_with_the_least_loss() -> None:
+    sizes = [(5, 4.0, 40, 40), (4, 4.9, 40, 90), (5, 4.5, 40, 90), (5, 5.1, 40, 95)]
+    options = model(free("a", option(10), *(option(*each) for each in sizes)))
+    half = Targets(macs=0.5)
+    assert solve(options, half, Clock(), None).loss == 4.0
+    assert solve(options, half, Clock(), None, tuned=True).loss == 4.5
 
 
 def remedy_in(message: str) -> Targets:

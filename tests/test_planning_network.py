@@ -452,6 +452,19 @@ def test_every_layer_is_timed_in_every_situation_that_it_can_be_in(measured: tup
     assert latency.others >= 0
 
 
+def test_windows_are_left_out_where_they_are_not_wanted(measured: tuple) -> None:
+    network, latency, _ = measured
+    channels = choose_channels(network, None, threads=1)
+    every = situations(network, latency, channels)
+    without = situations(network, latency, channels, windows=False)
+    windows = {"window", "balanced"}
+    assert any(s.candidate.channels in windows for each in every.values() for s in each)
+    assert without == {
+        name: {s: found for s, found in each.items() if s.candidate.channels not in windows}
+        for name, each in every.items()
+    }
+
+
 @pytest.fixture(scope="module")
 def offered(measured: tuple) -> tuple[Network, ModelOptions]:
     network, latency, _ = measured

@@ -25,6 +25,7 @@ def plan(
     target_macs: options.TargetMacs = None,
     target_params: options.TargetParams = None,
     max_drop: options.MaxDrop = None,
+    no_finetune: options.Untuned = False,
     plan_file: options.JudgedPlan = None,
     data: options.OptionalData = None,
     size: options.Size = None,
@@ -49,6 +50,7 @@ def plan(
         from structconv_cli.json_file import to_json
         from structconv_cli.model.architecture import Architecture, parse_arguments
         from structconv_cli.model.signature import INPUT
+        from structconv_cli.model_graph import is_onnx
         from structconv_cli.onnx.target import Target
         from structconv_cli.onnx.timing_cache import default_path
         from structconv_cli.planning.pipeline import PlanFiles, PlanRequest, plan_model
@@ -66,8 +68,9 @@ def plan(
         )
         if plan_file is not None and not targets.is_empty:
             raise typer.BadParameter("--plan predicts a plan as it is; give it without a target.")
+        file = model_file(model)
         request = PlanRequest(
-            model=model_file(model),
+            model=file,
             architecture=Architecture(arch, parse_arguments(arch_arg or [])) if arch else None,
             shapes=shapes,
             data=None if data is None else parse_data(data, size, mean, std, val_split, seed),
@@ -83,6 +86,8 @@ def plan(
                     seed=seed,
                 ),
                 timings.parent / "losses",
+                # A plan that is given may have any structure.
+                tuned=not (no_finetune or plan_file or is_onnx(file)),
             ),
             out=out,
             force=force,

@@ -17,7 +17,7 @@ from structconv_cli.onnx.example_inputs import Shapes
 from structconv_cli.onnx.lower import LoweringSettings
 from structconv_cli.onnx.target import Target
 from structconv_cli.onnx.timing_cache import default_path
-from structconv_cli.planning.proposal import REMAINS, ProposalSettings
+from structconv_cli.planning.proposal import ProposalSettings
 from structconv_cli.planning.sensitivity import SensitivitySettings
 from structconv_cli.planning.targets import Targets
 from structconv_cli.training.hardware import Hardware
@@ -82,7 +82,7 @@ class Wish:
             self._timings,
             SensitivitySettings(threads=os.cpu_count() or 1, seed=self.seed),
             self._timings.parent / "losses",
-            REMAINS if trained else 1.0,
+            trained,
         )
 
 

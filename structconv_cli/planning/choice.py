@@ -33,7 +33,8 @@ from scipy.sparse import csr_array
 from structconv_cli.cost import Cost
 from structconv_cli.planning.options import LayerOptions, ModelOptions, Option
 
-Quantity = Literal["ms", "macs", "parameters", "loss"]
+Quantity = Literal["ms", "macs", "parameters", "kept", "loss"]
+"""*Kept* are the parameters as a negative number, so that less is better as in all others."""
 
 _GAP = 1e-4
 """Relative gap at which a solution counts as the best: far below the noise of what is weighed."""
@@ -82,7 +83,7 @@ class Choice:
             return self.ms
         if quantity == "loss":
             return self.loss
-        return self.cost.multiplications if quantity == "macs" else self.cost.parameters
+        return _operations(self.cost, quantity)
 
 
 def choose(
@@ -97,7 +98,7 @@ def choose(
     Args:
         options: what there is to choose from.
         objective: what to minimise.
-        limits: the most of each quantity: ms, MACs for one image, parameters, or loss.
+        limits: the most of each quantity: ms, MACs for one image, parameters (kept ones), or loss.
         paying: whether structures that make nothing faster are left out.
     """
     return _Problem(options).solve(objective, limits, paying=paying)
@@ -201,10 +202,7 @@ class _Problem:
             values[self.first_space :] = [self.options.half_ms[name] for name in self.spaces]
         elif quantity != "loss":
             costs = [self.options.half_cost.get(name, Cost(0, 0, 0)) for name in self.spaces]
-            macs = quantity == "macs"
-            values[self.first_space :] = [
-                cost.multiplications if macs else cost.parameters for cost in costs
-            ]
+            values[self.first_space :] = [_operations(cost, quantity) for cost in costs]
         return values
 
     def _choice(self, solution: npt.NDArray[np.float64]) -> Choice:
@@ -230,8 +228,7 @@ def _fixed(options: ModelOptions, quantity: Quantity) -> float:
         return options.fixed_ms
     if quantity == "loss":
         return 0.0
-    cost = options.fixed_cost
-    return cost.multiplications if quantity == "macs" else cost.parameters
+    return _operations(options.fixed_cost, quantity)
 
 
 def _value(option: Option, quantity: Quantity) -> float:
@@ -239,4 +236,11 @@ def _value(option: Option, quantity: Quantity) -> float:
         return option.ms
     if quantity == "loss":
         return option.loss
-    return option.cost.multiplications if quantity == "macs" else option.cost.parameters
+    return _operations(option.cost, quantity)
+
+
+def _operations(cost: Cost, quantity: Quantity) -> float:
+    """MACs or parameters."""
+    if quantity == "macs":
+        return cost.multiplications
+    return -cost.parameters if quantity == "kept" else cost.parameters

@@ -10,6 +10,10 @@ from structconv_cli.planning.targets import Targets
 
 _CURVE_POINTS = 10
 _HOLDING = 3
+SPARING = 1.25
+"""How many times the least predicted loss a plan may have, to spare parameters: of the same MACs,
+networks that keep more of them come out of fine-tuning with less loss (`benchmarks/README.md`)."""
+_NEARLY = 0.999
 
 
 def fastest(options: ModelOptions) -> Choice:
@@ -25,6 +29,8 @@ def solve(
     clock: Clock,
     most_loss: float | None,
     correction: float = 1.0,
+    *,
+    tuned: bool = False,
 ) -> Choice:
     """The choice that meets the targets.
 
@@ -34,6 +40,7 @@ def solve(
         clock: of the whole model.
         most_loss: the loss that stands for `targets.max_drop`; None if that is not asked for.
         correction: by which predicted times were found to be too short.
+        tuned: whether it is fine-tuned: then parameters are spared (`sparing`) within the targets.
 
     Raises:
         PlanError: no choice meets them: what the best would be, and what holds it.
@@ -41,16 +48,44 @@ def solve(
     limits = _limits(options, targets, clock, correction)
     if limits:
         bounded = [*limits, ("loss", most_loss)] if most_loss is not None else limits
-        found = None
-        if targets.macs is not None or targets.parameters is not None:
+        found, paying = None, targets.macs is not None or targets.parameters is not None
+        if paying:
             # What saves operations and costs time is taken only where nothing else saves enough.
-            found = choose(options, "loss", _numbers(bounded), paying=True)
-        found = found or choose(options, "loss", _numbers(bounded))
+            found = choose(options, "loss", bounded, paying=True)
+        if found is None:
+            found, paying = choose(options, "loss", bounded), False
+        if tuned and found is not None:
+            found = sparing(options, found, bounded, paying=paying)
     else:
         found = choose(options, "ms", [("loss", most_loss)] if most_loss is not None else [])
     if found is not None:
         return found
     raise PlanError(_unreachable(options, targets, clock, limits, most_loss, correction))
+
+
+def sparing(
+    options: ModelOptions,
+    least: Choice,
+    limits: Sequence[tuple[Quantity, float]],
+    *,
+    paying: bool = False,
+) -> Choice:
+    """The choice that keeps the most parameters for at most `SPARING` times the least loss.
+
+    Args:
+        options: what there is to choose from.
+        least: the choice with the least predicted loss within the limits.
+        limits: the most of each quantity.
+        paying: whether structures that make nothing faster are left out.
+    """
+    bounded = [*limits, ("loss", SPARING * least.loss)]
+    found = choose(options, "kept", bounded, paying=paying)
+    # The solver's tolerances may leave nothing where the least loss is tiny.
+    if found is None or found.cost.parameters <= least.cost.parameters:
+        return least
+    # Of those that keep as many, or nearly, the one with the least loss.
+    bounded.append(("kept", _NEARLY * found.total("kept")))
+    return choose(options, "loss", bounded, paying=paying) or found
 
 
 def best_measured(tried: Sequence[tuple[Choice, float]], most: float) -> tuple[Choice, float]:
@@ -109,10 +144,6 @@ def _limits(
     if targets.parameters is not None:
         limits.append(("parameters", targets.parameters * dense.parameters))
     return limits
-
-
-def _numbers(limits: Sequence[tuple[Quantity, float | None]]) -> list[tuple[Quantity, float]]:
-    return [(quantity, most) for quantity, most in limits if most is not None]
 
 
 def _unreachable(

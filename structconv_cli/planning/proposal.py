@@ -17,7 +17,7 @@ from structconv_cli.plan import Plan
 from structconv_cli.planning.choice import Choice
 from structconv_cli.planning.clock import DENSE, Stopwatch
 from structconv_cli.planning.explanation import as_plan, predicted_layers
-from structconv_cli.planning.goal import best_measured, curve, fastest, solve
+from structconv_cli.planning.goal import SPARING, best_measured, curve, fastest, solve, sparing
 from structconv_cli.planning.latency import measure_latency
 from structconv_cli.planning.loss_cache import cached_losses
 from structconv_cli.planning.network import Feeds, Network
@@ -34,9 +34,15 @@ from structconv_cli.progress import SILENT, Observer
 from structconv_cli.reconstruction.samples import Samples, check_samples
 from structconv_cli.timing.execution_provider import require_provider
 
-REMAINS = 0.1
+_REMAINS = 0.1
 """Share of the predicted drop that is expected to be left after fine-tuning, where nothing is known
 yet. Only a start: what a conversion really loses is measured, and the plan backed off."""
+
+_SPARED = (
+    "Planned for fine-tuning: it keeps more parameters, at up to "
+    f"{SPARING:g} times the least predicted loss, and has no windows over channels. "
+    "--no-finetune plans for the least."
+)
 
 _MISSED, _OVERDONE = 1.02, 0.95
 """How far measured times may lie from the target before the plan is made anew."""
@@ -52,14 +58,20 @@ class ProposalSettings:
         timings: file of known timings; None for none.
         sensitivity: how to predict losses.
         losses: folder of known predictions; None for none.
-        remains: share of the predicted drop that is expected to be left after fine-tuning.
+        tuned: whether the model is fine-tuned afterwards: then what matters is what is left of the
+            loss, and of the model's capacity.
     """
 
     target: Target = field(default_factory=Target)
     timings: Path | None = None
     sensitivity: SensitivitySettings = field(default_factory=SensitivitySettings)
     losses: Path | None = None
-    remains: float = REMAINS
+    tuned: bool = True
+
+    @property
+    def remains(self) -> float:
+        """Share of the predicted drop that is expected to be left in the end."""
+        return _REMAINS if self.tuned else 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +126,14 @@ class Planner:
             self.latency = measure_latency(network, settings.target, feeds, self.cache, observer)
             self.cache.save()
         channels = choose_channels(network, samples, settings.sensitivity.threads)
-        self.structures = situations(network, self.latency, channels, without_first=samples is None)
+        self.structures = situations(
+            network,
+            self.latency,
+            channels,
+            without_first=samples is None,
+            # A loss that windows over channels make is not tuned away as that of others is.
+            windows=not settings.tuned,
+        )
         candidates = {
             name: tuple(dict.fromkeys(meaning.values()))
             for name, meaning in self.structures.items()
@@ -184,6 +203,7 @@ class Planner:
             measured_ms=measured,
             loss=choice.loss,
             targets=targets,
+            notes=(_SPARED,) if self.settings.tuned and plan.structures else (),
         )
         return Proposal(plan, prediction)
 
@@ -201,7 +221,7 @@ class Planner:
 
     def _checked(self, targets: Targets, most_loss: float | None) -> tuple[Choice, float | None]:
         """The choice for some targets; one for time is measured, and chosen anew if it misses."""
-        choice = solve(self.options, targets, self.clock, most_loss)
+        choice = self._solved(targets, most_loss)
         if not any(not option.structure.is_dense for option in choice.options):
             return choice, None
         measured = self._measured(choice)
@@ -215,12 +235,16 @@ class Planner:
             if _OVERDONE * wanted <= measured <= _MISSED * wanted:
                 break
             correction *= measured / (self.clock.whole(choice.ms) * correction)
-            again = solve(self.options, targets, self.clock, most_loss, correction)
+            again = self._solved(targets, most_loss, correction)
             if again == choice:
                 break
             choice, measured = again, self._measured(again)
             tried.append((choice, measured))
         return best_measured(tried, _MISSED * wanted)
+
+    def _solved(self, targets: Targets, most_loss: float | None, correction: float = 1.0) -> Choice:
+        tuned = self.settings.tuned
+        return solve(self.options, targets, self.clock, most_loss, correction, tuned=tuned)
 
     def _bend(self) -> Choice:
         """Where the curve is farthest from the line between its ends: the best bargain."""
@@ -233,7 +257,8 @@ class Planner:
         def gain(point: Choice) -> float:
             return (dense - point.ms) / (dense - quick) - point.loss / most
 
-        return max(points, key=gain)
+        best = max(points, key=gain)
+        return sparing(self.options, best, [("ms", best.ms)]) if self.settings.tuned else best
 
     def predicted(
         self,
@@ -244,6 +269,7 @@ class Planner:
         measured_ms: float | None,
         loss: float,
         targets: Targets,
+        notes: tuple[str, ...] = (),
     ) -> Prediction:
         """A prediction with what is the same for all plans of this graph."""
         per_loss = self.points_per_loss
@@ -271,6 +297,7 @@ class Planner:
             targets=targets,
             environment=self.settings.target.environment,
             images=self.samples.count if self.samples is not None else 0,
+            notes=notes,
         )
 
     def _loss_is(self) -> str:

@@ -71,6 +71,7 @@ def situations(
     channels: Mapping[str, ChosenChannels],
     *,
     without_first: bool = False,
+    windows: bool = True,
 ) -> dict[str, dict[Situation, Structure]]:
     """The structure that every timed situation means, by layer; the dense one first.
 
@@ -85,6 +86,7 @@ def situations(
         channels: chosen for the spaces whose channels are free.
         without_first: whether the first convolution stays dense: it is the most sensitive one, and
             its weights alone do not tell.
+        windows: whether windows over channels are offered.
     """
     found: dict[str, dict[Situation, Structure]] = {}
     first = next((x.name for x in network.layers.values() if x.spec.kind != "linear"), None)
@@ -94,6 +96,8 @@ def situations(
         meaning = {}
         for situation in times:
             if without_first and name == first and situation.candidate != Candidate():
+                continue
+            if not windows and situation.candidate.channels in ("window", "balanced"):
                 continue
             if _selects_for_many(network, layer, situation):
                 continue
