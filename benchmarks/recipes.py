@@ -10,6 +10,9 @@ tuned as long, without structure: what the epochs themselves bring; `dense-label
 to new data. The tuned weights lie beside each result. A run that was stopped goes on from its last
 epoch when it is started again.
 
+To compare plans, a short training tells more than test accuracy does: WORK for each plan, and
+`--epochs 3 --per-class 1000 --aside 1000`, which judges on training images kept aside.
+
 Steps are computed in bfloat16 unless --precision fp32 is given: half of the time here.
 """
 
@@ -105,8 +108,9 @@ class Outcome:
 
     def cell(self) -> str:
         scores = {stage.stage: stage.evaluation.score for stage in self.result.stages}
-        final = self.result.stages[-1].evaluation.score
-        return f"{final:.2f} ({scores['batch norm re-estimated']:.2f})"
+        final = self.result.stages[-1].evaluation
+        entered = scores["batch norm re-estimated"]
+        return f"{final.score:.2f} ({entered:.2f}), loss {final.loss:.4f}"
 
 
 def run(options: argparse.Namespace, name: str, unfinished: Unfinished, weights: Path) -> Outcome:
@@ -122,8 +126,11 @@ def run(options: argparse.Namespace, name: str, unfinished: Unfinished, weights:
         **changes,
     )
     data = load_dataset(DataSpec(str(options.data), mean=MEAN, std=STD), channels=3)
-    if options.per_class:
-        data = replace(data, train=data.train.part(first_of_each(data.train, options.per_class)))
+    if options.aside:
+        data = replace(data, val=part_of_each(data.train, slice(-options.aside, None)))
+    if options.per_class or options.aside:
+        kept = slice(options.per_class or -options.aside)
+        data = replace(data, train=part_of_each(data.train, kept))
     model = architecture(options.network)
     original = options.weights or options.checkpoints / CHECKPOINTS[options.network]
     load_into(model, load_checkpoint(original))
@@ -151,11 +158,12 @@ def run(options: argparse.Namespace, name: str, unfinished: Unfinished, weights:
     return Outcome(options.network, name, images, options.precision, seconds, result)
 
 
-def first_of_each(split: Split, count: int) -> Tensor:
-    """Indices of the first examples of each class."""
+def part_of_each(split: Split, examples: slice) -> Split:
+    """Some examples of each class."""
     labels = split.labels
     assert labels is not None
-    return torch.cat([(labels == label).nonzero()[:count, 0] for label in labels.unique()])
+    found = [(labels == label).nonzero()[examples, 0] for label in labels.unique()]
+    return split.part(torch.cat(found))
 
 
 def structures_of(model: nn.Module, options: argparse.Namespace) -> Mapping[str, Structure]:
@@ -183,7 +191,7 @@ def table(work: Path) -> None:
     rows: dict[Row, dict[int, str]] = {}
     for outcome in found:
         rows.setdefault(outcome.row(), {})[outcome.epochs] = outcome.cell()
-    print("accuracy (%), by epochs; in brackets as it entered the subspaces\n")
+    print("accuracy (%) by epochs, in brackets as it entered the subspaces; loss\n")
     print("| network | images | recipe | seed |", *(f"{epochs} |" for epochs in budgets))
     print("| --- " * (4 + len(budgets)) + "|")
     for (*words, seed), cells in sorted(rows.items()):
@@ -200,6 +208,9 @@ def main() -> None:
     parser.add_argument("--plan", type=Path)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--per-class", type=int, help="train with so many images of each class")
+    parser.add_argument(
+        "--aside", type=int, help="judge on so many training images of each class, the last ones"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--channels-last", action="store_true")
