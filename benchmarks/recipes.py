@@ -70,6 +70,7 @@ RECIPES: Mapping[str, dict[str, Any]] = {
     "default-lr05": {**DEFAULT, "learning_rate": 0.05},
     "default-linear": {**DEFAULT, "annealing": "linear"},
     "default-adamw": {**DEFAULT, "optimizer": "adamw", **OPTIMIZERS["adamw"]},
+    "default-wd1": {**DEFAULT, "weight_decay": 1e-4},
     "default-plain": {**DEFAULT, "augment": ()},
     "third": {"regularised": 1 / 3},
     "tenth": {"regularised": 0.1},
