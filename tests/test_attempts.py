@@ -45,6 +45,8 @@ def test_a_drop_that_is_held_at_once(fastest: RunFolder) -> None:
     assert drop_of(fastest.path) <= 100
     prediction = read_json(fastest.prediction, Prediction)
     assert prediction.targets.max_drop == 100
+    # The fastest plan is wanted, whatever parameters it keeps.
+    assert not prediction.notes
     assert dict(prediction.structures) == dict(read_plan(fastest.plan).structures)
     assert fastest.curve.read_bytes()[:4] == b"\x89PNG"
     assert not GIVEN_UP.search(" ".join(notes_of(fastest.path)))

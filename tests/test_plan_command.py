@@ -385,6 +385,8 @@ def test_without_tuning_the_plan_has_the_least_loss(
     untuned, tuned = prediction_of(out), prediction_of(smaller)
     assert untuned.loss <= tuned.loss * (1 + 1e-9)
     assert untuned.after.parameters <= tuned.after.parameters
+    assert not untuned.notes
+    assert "--no-finetune" in tuned.notes[0]
     for found in (untuned, tuned):
         assert found.after.multiplications <= 0.33 * found.before.multiplications
 

@@ -14,6 +14,7 @@ SPARING = 1.25
 """How many times the least predicted loss a plan may have, to spare parameters: of the same MACs,
 networks that keep more of them come out of fine-tuning with less loss (`benchmarks/README.md`)."""
 _NEARLY = 0.999
+"""Of the parameters that could be kept: a little fewer may lose much less."""
 
 
 def fastest(options: ModelOptions) -> Choice:

@@ -203,7 +203,7 @@ class Planner:
             measured_ms=measured,
             loss=choice.loss,
             targets=targets,
-            notes=(_SPARED,) if self.settings.tuned and plan.structures else (),
+            notes=(_SPARED,) if self._spares(targets) and plan.structures else (),
         )
         return Proposal(plan, prediction)
 
@@ -241,6 +241,11 @@ class Planner:
             choice, measured = again, self._measured(again)
             tried.append((choice, measured))
         return best_measured(tried, _MISSED * wanted)
+
+    def _spares(self, targets: Targets) -> bool:
+        """Not for `--max-drop` alone, which wants the fastest plan."""
+        alone = Targets(max_drop=targets.max_drop)
+        return self.settings.tuned and (targets.is_empty or targets != alone)
 
     def _solved(self, targets: Targets, most_loss: float | None, correction: float = 1.0) -> Choice:
         tuned = self.settings.tuned
