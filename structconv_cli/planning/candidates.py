@@ -16,6 +16,7 @@ BLOCK = 8
 """Parts of fewer channels than a multiple of this leave ONNX Runtime's blocked layout."""
 
 ChannelKind = Literal["all", "window", "balanced", "selected"]
+WINDOWS: tuple[ChannelKind, ...] = ("window", "balanced")
 KernelLevel = tuple[int, int]
 """How far the last two axes of a kernel are reduced: 0 not at all, 1 to half, 2 to one. Axes in
 front of these are reduced like the first."""

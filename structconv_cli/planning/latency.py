@@ -23,6 +23,7 @@ from structconv_cli.planning.candidates import (
     DENSE,
     KERNEL_LEVELS,
     PRODUCT_LEVELS,
+    WINDOWS,
     Candidate,
     ChannelKind,
     KernelLevel,
@@ -132,7 +133,7 @@ class _Runs:
         """All units in parts; return what that adds to the other nodes, by unit."""
         network = self.network
         added: tuple[float, ...] = ()
-        for level, kind in product(PRODUCT_LEVELS, _WINDOWS):
+        for level, kind in product(PRODUCT_LEVELS, WINDOWS):
             nodes = network.candidate_nodes(Candidate(level, kind))
             alternatives = network.alternatives(nodes)
             choice = alternatives.choice(alternatives.units, _FORM)
@@ -223,7 +224,6 @@ class _Runs:
 _BUSY = 1.25
 """Change of the machine's speed, either way, of which the user should know."""
 _FORM = Form("dense", "average")
-_WINDOWS: tuple[ChannelKind, ...] = ("window", "balanced")
 _Place = tuple[ChannelKind, State, State]
 _WHOLE: _Place = ("all", "whole", "whole")
 

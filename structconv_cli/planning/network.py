@@ -27,7 +27,7 @@ from structconv_cli.onnx.nodes import ConvAttributes, is_transposed, layer_of
 from structconv_cli.onnx.roles import Carry, Layer
 from structconv_cli.onnx.spaces import Space, Spaces
 from structconv_cli.onnx.structured_node import StructuredNode, dense_weight, layer_obstacle
-from structconv_cli.planning.candidates import BLOCK, Candidate, half, structure_of
+from structconv_cli.planning.candidates import BLOCK, WINDOWS, Candidate, half, structure_of
 from structconv_cli.structure import Structure
 
 Feeds = Mapping[str, npt.NDArray[np.generic]]
@@ -125,7 +125,7 @@ class Network:
         """
         found = {}
         for layer in self.layers.values():
-            windowed = candidate.channels in ("window", "balanced")
+            windowed = candidate.channels in WINDOWS
             if windowed and layer.unit is None:
                 continue
             structure = structure_of(layer.dense, candidate)

@@ -131,7 +131,7 @@ class Planner:
             self.latency,
             channels,
             without_first=samples is None,
-            # A loss that windows over channels make is not tuned away as that of others is.
+            # What windows over channels lose is tuned away less completely than what others do.
             windows=not settings.tuned,
         )
         candidates = {
@@ -196,6 +196,7 @@ class Planner:
                 choice, measured = self._checked(targets, most_loss)
             self.cache.save()
         plan = as_plan(self.network, self.options, choice)
+        spared = self.settings.tuned and not targets.wants_the_fastest
         prediction = self.predicted(
             layers=predicted_layers(self.network, self.options, self.losses, choice, plan),
             cost=choice.cost,
@@ -203,7 +204,7 @@ class Planner:
             measured_ms=measured,
             loss=choice.loss,
             targets=targets,
-            notes=(_SPARED,) if self._spares(targets) and plan.structures else (),
+            notes=(_SPARED,) if spared and plan.structures else (),
         )
         return Proposal(plan, prediction)
 
@@ -241,11 +242,6 @@ class Planner:
             choice, measured = again, self._measured(again)
             tried.append((choice, measured))
         return best_measured(tried, _MISSED * wanted)
-
-    def _spares(self, targets: Targets) -> bool:
-        """Not for `--max-drop` alone, which wants the fastest plan."""
-        alone = Targets(max_drop=targets.max_drop)
-        return self.settings.tuned and (targets.is_empty or targets != alone)
 
     def _solved(self, targets: Targets, most_loss: float | None, correction: float = 1.0) -> Choice:
         tuned = self.settings.tuned

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from structconv_cli.planning.candidates import Candidate, structure_of
+from structconv_cli.planning.candidates import WINDOWS, Candidate, structure_of
 from structconv_cli.planning.channel_choice import (
     Floats,
     channel_moments,
@@ -97,7 +97,7 @@ def situations(
         for situation in times:
             if without_first and name == first and situation.candidate != Candidate():
                 continue
-            if not windows and situation.candidate.channels in ("window", "balanced"):
+            if not windows and situation.candidate.channels in WINDOWS:
                 continue
             if _selects_for_many(network, layer, situation):
                 continue

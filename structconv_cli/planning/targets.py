@@ -61,6 +61,11 @@ class Targets:
         """Whether nothing is asked for."""
         return self == Targets()
 
+    @property
+    def wants_the_fastest(self) -> bool:
+        """Whether `max_drop` alone is asked for."""
+        return not self.is_empty and self == Targets(max_drop=self.max_drop)
+
 
 _LATENCY = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*(ms|us|μs|s)?\s*", re.IGNORECASE)
 _UNITS = {"ms": 1.0, "us": 1e-3, "μs": 1e-3, "s": 1e3}
