@@ -13,7 +13,8 @@ epoch when it is started again.
 To compare plans, a short training tells more than test accuracy does: WORK for each plan, and
 `--epochs 3 --per-class 1000 --aside 1000`, which judges on training images kept aside.
 
-Steps are computed in bfloat16 unless --precision fp32 is given: half of the time here.
+Steps are computed in bfloat16 unless --precision fp32 is given: half of the time on a processor
+that has it, several times as long on one that has not.
 """
 
 import argparse

@@ -26,9 +26,10 @@ from structconv_cli.progress import SILENT, Observer
 from structconv_cli.reference import record_reference
 from structconv_cli.rewrite import rewrite
 from structconv_cli.run_folder import RunFolder, check_destination, new_run_folder
+from structconv_cli.training.hardware import Hardware
 from structconv_cli.unfinished import open_unfinished
 from structconv_cli.verify import VerifyResult
-from structconv_cli.world import ALONE, check_batch_size, joined
+from structconv_cli.world import ALONE, World, check_batch_size, joined
 
 
 def convert(
@@ -53,6 +54,7 @@ def convert(
     request.hardware.check()
     with joined(request.hardware.device) as world:
         check_batch_size(request.recipe.batch_size, world)
+        hardware_notes = _hardware_notes(request.hardware, world, observer)
         ready = prepare(request, world, observer)
         world.wait()
         found = attempt(request, ready, unfinished, world, observer)
@@ -83,11 +85,23 @@ def convert(
             files,
             found.tuning,
             found.reconstruction,
-            (*ready.notes, *found.notes),
+            (*hardware_notes, *ready.notes, *found.notes),
         )
         outcome = finish(folder, outset, done, observer)
     unfinished.discard()
     return outcome
+
+
+def _hardware_notes(hardware: Hardware, world: World, observer: Observer) -> tuple[str, ...]:
+    """What speaks against the hardware chosen, told at once: the training may take hours."""
+    if hardware.precision == "fp32" or not world.first:
+        return ()
+    note = hardware.note()
+    if note is None:
+        return ()
+    with observer.stage("hardware"):
+        observer.note(note)
+    return (note,)
 
 
 def dry_run(request: ConvertRequest, out: Path, observer: Observer = SILENT) -> Proposal:

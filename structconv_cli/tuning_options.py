@@ -73,7 +73,8 @@ TrainPrecision = Annotated[
     typer.Option(
         "--precision",
         rich_help_panel="Training hardware",
-        help="fp32, or bf16 (autocast): up to twice as fast where the processor has it.",
+        help="fp32, or bf16 (autocast): up to twice as fast where the processor has it, much "
+        "slower where it has not.",
     ),
 ]
 ChannelsLast = Annotated[

@@ -1,6 +1,7 @@
 """Recipes, schedules and hardware: laws of the training loop."""
 
 import math
+import re
 import shutil
 from dataclasses import replace
 from itertools import pairwise
@@ -258,6 +259,21 @@ def test_other_ways_to_compute_give_a_like_result(
     assert other.stages[-1].evaluation.loss == pytest.approx(judged.loss, rel=rounding)
     difference = one.stages[-1].evaluation.loss - other.stages[-1].evaluation.loss
     assert abs(difference) < 0.1 * one.stages[-1].evaluation.loss + 0.05
+
+
+def test_bfloat16_that_the_processor_does_not_have_is_told() -> None:
+    assert Hardware().note() is None
+    listed = Path("/proc/cpuinfo")
+    text = listed.read_text() if listed.exists() else ""
+    flags = set(" ".join(re.findall(r"^flags\s*:(.*)$", text, re.MULTILINE)).split())
+    if not flags:
+        pytest.skip("this processor does not list what it has")
+    note = Hardware(precision="bf16").note()
+    if flags & {"avx512_bf16", "amx_bf16"}:
+        assert note is None
+    elif "avx512f" not in flags:
+        assert note is not None
+        assert "--precision bf16" in note
 
 
 class Viewed(nn.Sequential):
