@@ -23,7 +23,8 @@ from structconv_cli.onnx.file import save_onnx
 from structconv_cli.onnx.lower import Measured, lower
 from structconv_cli.onnx.target import Target
 from structconv_cli.planning.judgement import projected
-from structconv_cli.planning.proposal import Planner, ProposalSettings
+from structconv_cli.planning.proposal import Planner
+from structconv_cli.planning.settings import ProposalSettings
 from structconv_cli.planning.targets import Targets
 from structconv_cli.timing.benchmark import BenchmarkSettings, benchmark
 

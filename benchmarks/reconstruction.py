@@ -41,7 +41,8 @@ from structconv_cli.model.signature import INPUT
 from structconv_cli.onnx.export import export_onnx
 from structconv_cli.onnx.probe import dense_kernel, layer_nodes, run_fed, session
 from structconv_cli.plan import read_plan
-from structconv_cli.planning.proposal import Planner, ProposalSettings
+from structconv_cli.planning.proposal import Planner
+from structconv_cli.planning.settings import ProposalSettings
 from structconv_cli.planning.targets import Targets
 from structconv_cli.reconstruction.activations import second_moments
 from structconv_cli.reconstruction.apply import apply_to_graph, apply_to_module

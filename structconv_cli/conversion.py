@@ -11,7 +11,7 @@ from structconv_cli.model.inventory import Inventory
 from structconv_cli.onnx.example_inputs import Shapes
 from structconv_cli.onnx.lower import Lowering, LoweringSettings
 from structconv_cli.plan import KeptLayer, Plan
-from structconv_cli.planning.proposal import ProposalSettings
+from structconv_cli.planning.settings import ProposalSettings
 from structconv_cli.planning.targets import Targets
 from structconv_cli.reconstruction.result import ReconstructionRecord
 from structconv_cli.structure import Structure

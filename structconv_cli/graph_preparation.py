@@ -26,8 +26,8 @@ from structconv_cli.onnx.lowerable import check_lowerable
 from structconv_cli.plan import Plan, read_plan
 from structconv_cli.planning.check import check_plan
 from structconv_cli.planning.pipeline import training_samples
-from structconv_cli.planning.proposal import ProposalSettings
 from structconv_cli.planning.rule import rule_plan
+from structconv_cli.planning.settings import ProposalSettings
 from structconv_cli.planning.targets import Targets
 from structconv_cli.progress import Observer
 from structconv_cli.reconstruction.samples import Samples, check_samples, images_per_run

@@ -54,8 +54,8 @@ def plan(
         from structconv_cli.onnx.target import Target
         from structconv_cli.onnx.timing_cache import default_path
         from structconv_cli.planning.pipeline import PlanFiles, PlanRequest, plan_model
-        from structconv_cli.planning.proposal import ProposalSettings
         from structconv_cli.planning.sensitivity import SensitivitySettings
+        from structconv_cli.planning.settings import ProposalSettings
         from structconv_cli.report.plan import plan_report
         from structconv_cli.run_folder import model_file
         from structconv_cli.terminal import observer_for

@@ -17,8 +17,8 @@ from structconv_cli.onnx.example_inputs import Shapes
 from structconv_cli.onnx.lower import LoweringSettings
 from structconv_cli.onnx.target import Target
 from structconv_cli.onnx.timing_cache import default_path
-from structconv_cli.planning.proposal import ProposalSettings
 from structconv_cli.planning.sensitivity import SensitivitySettings
+from structconv_cli.planning.settings import ProposalSettings
 from structconv_cli.planning.targets import Targets
 from structconv_cli.training.hardware import Hardware
 from structconv_cli.training.recipe import OPTIMIZERS, RECIPES, Recipe, named_recipe

@@ -19,7 +19,8 @@ from structconv_cli.onnx.graph import Graph
 from structconv_cli.plan import read_plan
 from structconv_cli.planning.check import check_plan
 from structconv_cli.planning.judgement import judge
-from structconv_cli.planning.proposal import Planner, Proposal, ProposalSettings
+from structconv_cli.planning.proposal import Planner, Proposal
+from structconv_cli.planning.settings import ProposalSettings
 from structconv_cli.planning.targets import Targets
 from structconv_cli.progress import SILENT, Observer
 from structconv_cli.reconstruction.samples import Samples, check_samples

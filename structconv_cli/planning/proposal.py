@@ -1,9 +1,8 @@
 """A plan for a dense graph: candidates timed and predicted, the best choice, what it would do."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import onnx
 import onnxruntime
@@ -11,7 +10,6 @@ import onnxruntime
 from structconv_cli.cost import Cost
 from structconv_cli.errors import PlanError
 from structconv_cli.onnx.probe import why_not_loaded
-from structconv_cli.onnx.target import Target
 from structconv_cli.onnx.timing_cache import TimingCache
 from structconv_cli.plan import Plan
 from structconv_cli.planning.choice import Choice
@@ -23,20 +21,13 @@ from structconv_cli.planning.loss_cache import cached_losses
 from structconv_cli.planning.network import Feeds, Network
 from structconv_cli.planning.options import ModelOptions, model_options
 from structconv_cli.planning.prediction import CurvePoint, PredictedLayer, Prediction
-from structconv_cli.planning.sensitivity import (
-    Predictions,
-    SensitivitySettings,
-    predict_losses,
-)
+from structconv_cli.planning.sensitivity import Predictions, predict_losses
+from structconv_cli.planning.settings import ProposalSettings
 from structconv_cli.planning.structures import choose_channels, situations
 from structconv_cli.planning.targets import Targets
 from structconv_cli.progress import SILENT, Observer
 from structconv_cli.reconstruction.samples import Samples, check_samples
 from structconv_cli.timing.execution_provider import require_provider
-
-_REMAINS = 0.1
-"""Share of the predicted drop that is expected to be left after fine-tuning, where nothing is known
-yet. Only a start: what a conversion really loses is measured, and the plan backed off."""
 
 _SPARED = (
     "Planned for fine-tuning: it keeps more parameters, at up to "
@@ -47,31 +38,6 @@ _SPARED = (
 _MISSED, _OVERDONE = 1.02, 0.95
 """How far measured times may lie from the target before the plan is made anew."""
 _CORRECTIONS = 4
-
-
-@dataclass(frozen=True, eq=False)
-class ProposalSettings:
-    """How to make a plan.
-
-    Attributes:
-        target: where the model is to be fast.
-        timings: file of known timings; None for none.
-        sensitivity: how to predict losses.
-        losses: folder of known predictions; None for none.
-        tuned: whether the model is fine-tuned afterwards: then what matters is what is left of the
-            loss, and of the model's capacity.
-    """
-
-    target: Target = field(default_factory=Target)
-    timings: Path | None = None
-    sensitivity: SensitivitySettings = field(default_factory=SensitivitySettings)
-    losses: Path | None = None
-    tuned: bool = True
-
-    @property
-    def remains(self) -> float:
-        """Share of the predicted drop that is expected to be left in the end."""
-        return _REMAINS if self.tuned else 1.0
 
 
 @dataclass(frozen=True, eq=False)
