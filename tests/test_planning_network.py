@@ -25,6 +25,7 @@ from structconv_cli.planning.candidates import (
     structure_of,
 )
 from structconv_cli.planning.choice import Choice
+from structconv_cli.planning.goal import fastest
 from structconv_cli.planning.latency import Latency, Situation, measure_latency
 from structconv_cli.planning.network import Network
 from structconv_cli.planning.options import LayerOptions, ModelOptions, Option, model_options
@@ -452,22 +453,30 @@ def test_every_layer_is_timed_in_every_situation_that_it_can_be_in(measured: tup
     assert latency.others >= 0
 
 
-def test_windows_are_left_out_where_they_are_not_wanted(measured: tuple) -> None:
-    network, latency, _ = measured
-    channels = choose_channels(network, None, threads=1)
-    every = situations(network, latency, channels)
-    without = situations(network, latency, channels, windows=False)
+def test_windows_are_neither_timed_nor_offered_where_they_are_not_wanted(measured: tuple) -> None:
+    network, latency, cache = measured
+    model = network.graph.model
+    feeds = example_inputs(model, 1, {})
+    without = Network(model, feeds, windows=False)
+    found = measure_latency(without, Target(), feeds, cache)
     windows = {"window", "balanced"}
-    assert any(s.candidate.channels in windows for each in every.values() for s in each)
-    assert without == {
-        name: {s: found for s, found in each.items() if s.candidate.channels not in windows}
-        for name, each in every.items()
+    assert any(s.candidate.channels in windows for each in latency.layers.values() for s in each)
+    assert found.layers == {
+        name: {situation: ms for situation, ms in each.items() if situation.source != "parts"}
+        for name, each in latency.layers.items()
     }
+    assert not any(s.candidate.channels in windows for each in found.layers.values() for s in each)
+    assert (found.units, found.halves) == ((), latency.halves)
+    chosen = fastest(offers(without, found))
+    assert all(option.structure.windows[0] == 1 for option in chosen.options)
+    for name, layer in without.layers.items():
+        assert layer.unit is None
+        known = network.layers[name].no_window
+        assert layer.no_window == known if known else "fine-tuned" in layer.no_window
 
 
-@pytest.fixture(scope="module")
-def offered(measured: tuple) -> tuple[Network, ModelOptions]:
-    network, latency, _ = measured
+def offers(network: Network, latency: Latency) -> ModelOptions:
+    """What a plan chooses from; the losses are made up."""
     meaning = situations(network, latency, choose_channels(network, None, threads=1))
     losses = {
         name: {
@@ -476,7 +485,13 @@ def offered(measured: tuple) -> tuple[Network, ModelOptions]:
         }
         for name, each in meaning.items()
     }
-    return network, model_options(network, latency, meaning, losses)
+    return model_options(network, latency, meaning, losses)
+
+
+@pytest.fixture(scope="module")
+def offered(measured: tuple) -> tuple[Network, ModelOptions]:
+    network, latency, _ = measured
+    return network, offers(network, latency)
 
 
 def test_options_say_what_was_measured_and_what_is_read_and_made(

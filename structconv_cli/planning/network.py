@@ -92,7 +92,12 @@ class Network:
     """
 
     def __init__(
-        self, model: onnx.ModelProto, feeds: Feeds, refused: Mapping[str, str] | None = None
+        self,
+        model: onnx.ModelProto,
+        feeds: Feeds,
+        refused: Mapping[str, str] | None = None,
+        *,
+        windows: bool = True,
     ) -> None:
         """Read a graph.
 
@@ -100,6 +105,7 @@ class Network:
             model: the dense graph.
             feeds: an input of the real shapes, by name.
             refused: layers that must be kept for reasons that the graph does not show.
+            windows: whether spaces may be carried in parts, for windows over channels.
         """
         self._refused = refused or {}
         self.graph = Graph(model)
@@ -109,7 +115,8 @@ class Network:
         nodes, self.kept = self._layer_nodes()
         weights = {name: dense_weight(self.graph, node) for name, node in nodes.items()}
         self._widest = self._with_windows(nodes, weights)
-        self.units: tuple[Unit, ...] = self._widest.units
+        self.units: tuple[Unit, ...] = self._widest.units if windows else ()
+        self._windows = windows
         self.layers = {
             name: self._layer(name, node, weights[name], batch) for name, node in nodes.items()
         }
@@ -247,6 +254,7 @@ class Network:
         if not obstacle and source is not None:
             numbers = [i for i, unit in enumerate(self.units) if source.name in unit.parts]
             unit = numbers[0] if numbers else None
+            obstacle = "" if self._windows else _UNWANTED
         return NetworkLayer(
             spec=spec,
             node=node,
@@ -271,6 +279,9 @@ class Network:
         inside = {self.graph.producers[x].output[0] for x in space.tensors if x in planned}
         makers = {node.output[0] for node in space.makers if node is not None}
         return inside <= makers and all(node.output[0] in planned for node in space.readers)
+
+
+_UNWANTED = "windows over channels are not planned where the model is fine-tuned"
 
 
 def _why_no_halves(spec: LayerSpec) -> str:

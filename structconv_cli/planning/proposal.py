@@ -80,7 +80,8 @@ class Planner:
             raise PlanError(f"the model cannot be timed, so nothing can be planned: {problem}")
         if samples is not None:
             check_samples(model, samples)
-        self.network = network = Network(model, feeds, refused)
+        # What windows over channels lose is tuned away less completely than what others do.
+        self.network = network = Network(model, feeds, refused, windows=not settings.tuned)
         if not network.layers:
             reasons = "; ".join(f"{name}: {why}" for name, why in list(network.kept.items())[:3])
             raise PlanError(
@@ -97,8 +98,6 @@ class Planner:
             self.latency,
             channels,
             without_first=samples is None,
-            # What windows over channels lose is tuned away less completely than what others do.
-            windows=not settings.tuned,
         )
         candidates = {
             name: tuple(dict.fromkeys(meaning.values()))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from structconv_cli.planning.candidates import WINDOWS, Candidate, structure_of
+from structconv_cli.planning.candidates import Candidate, structure_of
 from structconv_cli.planning.channel_choice import (
     Floats,
     channel_moments,
@@ -71,7 +71,6 @@ def situations(
     channels: Mapping[str, ChosenChannels],
     *,
     without_first: bool = False,
-    windows: bool = True,
 ) -> dict[str, dict[Situation, Structure]]:
     """The structure that every timed situation means, by layer; the dense one first.
 
@@ -86,7 +85,6 @@ def situations(
         channels: chosen for the spaces whose channels are free.
         without_first: whether the first convolution stays dense: it is the most sensitive one, and
             its weights alone do not tell.
-        windows: whether windows over channels are offered.
     """
     found: dict[str, dict[Situation, Structure]] = {}
     first = next((x.name for x in network.layers.values() if x.spec.kind != "linear"), None)
@@ -96,8 +94,6 @@ def situations(
         meaning = {}
         for situation in times:
             if without_first and name == first and situation.candidate != Candidate():
-                continue
-            if not windows and situation.candidate.channels in WINDOWS:
                 continue
             if _selects_for_many(network, layer, situation):
                 continue
