@@ -167,6 +167,7 @@ class Study:
         self.recipe = Recipe(
             epochs=options.epochs,
             regularised=-(-options.epochs // 3),
+            distillation=0.5,
             augment=AUGMENT,
             seed=options.seed,
         )

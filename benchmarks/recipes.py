@@ -1,14 +1,15 @@
 """How to fine-tune into a structure: recipes compared at equal epochs.
 
-    python benchmarks/recipes.py run falling subspace --epochs 3 --data cifar10_jpeg --work recipes
+    python benchmarks/recipes.py run default half --epochs 3 --data cifar10_jpeg --work recipes
     python benchmarks/recipes.py table --work recipes
 
 ResNet-20 (or 56) on CIFAR-10 as JPEG files, every 3x3 convolution but the stem to n=2 (2.2 times
-fewer MACs), or a plan (--plan). Each recipe is the default but for what its name says (`RECIPES`).
-Results are kept in WORK, one file each; `table` prints them in Markdown. `dense` is the original
-tuned as long, without structure: what the epochs themselves bring; `dense-labels` adapts a network
-to new data. The tuned weights lie beside each result. A run that was stopped goes on from its last
-epoch when it is started again.
+fewer MACs), or a plan (--plan). `default` is what `structconv convert` does; in the others half of
+the loss follows the original, unless their names say otherwise (`RECIPES`). `dense` is the original
+tuned as long by the default, without structure: what the epochs themselves bring; `dense-labels`
+adapts a network to new data. Results are kept in WORK, one file each, with the tuned weights beside
+it; `table` prints them in Markdown. A run that was stopped goes on from its last epoch when it is
+started again.
 
 To compare plans, a short training tells more than test accuracy does: WORK for each plan, and
 `--epochs 3 --per-class 1000 --aside 1000`, which judges on training images kept aside.
@@ -47,9 +48,10 @@ from structconv_cli.training.recipe import OPTIMIZERS, Recipe
 from structconv_cli.training.record import FineTuneResult
 from structconv_cli.unfinished import Unfinished
 
-BASE = Recipe(1, 0.0, augment=("crop", "flip"))
+BASE = Recipe(1, 0.0, distillation=0.5, augment=("crop", "flip"))
+FOLLOWING = {"distillation": Recipe(1, 0.0).distillation}
 FITTED = {"aim": "least squares"}
-DEFAULT = {"regularised": 0.1, **FITTED}
+HALF = {"regularised": 0.1, **FITTED}
 PROXIMAL = {"regularised": 1 / 3, "residual": "proximal", "sr_lambda": 2.0}
 
 Row = tuple[str, int, str, int]
@@ -59,20 +61,21 @@ WHOLE = -1.0
 """Stands for all epochs."""
 
 RECIPES: Mapping[str, dict[str, Any]] = {
-    "dense": {},
+    "default": {**HALF, **FOLLOWING},
+    "dense": FOLLOWING,
+    "dense-half": {},
     "dense-labels": {"distillation": 0.0},
-    "default": DEFAULT,
-    "default-labels": {**DEFAULT, "distillation": 0.0},
-    "default-d9": {**DEFAULT, "distillation": 0.9},
-    "default-hints": {**DEFAULT, "hints": 1.0},
-    "default-hints-labels": {**DEFAULT, "hints": 1.0, "distillation": 0.0},
-    "default-ema": {**DEFAULT, "averaging": 0.998},
-    "default-lr01": {**DEFAULT, "learning_rate": 0.01},
-    "default-lr05": {**DEFAULT, "learning_rate": 0.05},
-    "default-linear": {**DEFAULT, "annealing": "linear"},
-    "default-adamw": {**DEFAULT, "optimizer": "adamw", **OPTIMIZERS["adamw"]},
-    "default-wd1": {**DEFAULT, "weight_decay": 1e-4},
-    "default-plain": {**DEFAULT, "augment": ()},
+    "half": HALF,
+    "half-hints": {**HALF, "hints": 1.0},
+    "half-ema": {**HALF, "averaging": 0.998},
+    "half-lr01": {**HALF, "learning_rate": 0.01},
+    "half-lr05": {**HALF, "learning_rate": 0.05},
+    "half-linear": {**HALF, "annealing": "linear"},
+    "half-adamw": {**HALF, "optimizer": "adamw", **OPTIMIZERS["adamw"]},
+    "half-wd1": {**HALF, "weight_decay": 1e-4},
+    "half-plain": {**HALF, "augment": ()},
+    "labels": {**HALF, "distillation": 0.0},
+    "labels-hints": {**HALF, "hints": 1.0, "distillation": 0.0},
     "third": {"regularised": 1 / 3},
     "tenth": {"regularised": 0.1},
     "tenth-labels": {"regularised": 0.1, "distillation": 0.0},

@@ -118,6 +118,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("camvid-work"))
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--longer", type=int, default=0, help="epochs to tune dense.pt for")
+    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--distill", type=float, help="with --longer: `convert`'s option")
     options = parser.parse_args()
     options.work.mkdir(exist_ok=True)
     torch.manual_seed(0)
@@ -128,12 +130,17 @@ def main() -> None:
     )
     if options.longer:
         recipe = named_recipe(
-            "default", options.longer, batch_size=16, learning_rate=0.05, augment=AUGMENT
+            "default",
+            options.longer,
+            batch_size=16,
+            learning_rate=0.05,
+            augment=AUGMENT,
+            distillation=options.distill,
         )
         load_into(model, load_checkpoint(to))
         to = options.work / f"dense-{options.longer}.pt"
     task = Segmentation(data, recipe.batch_size, recipe.augment)
-    hardware = Hardware(precision="bf16")
+    hardware = Hardware(precision=options.precision)
     tuned, result = finetune(model, {}, task, recipe, hardware=hardware, observer=Log())
     torch.save(tuned.state_dict(), to)
     print(result.metric.text(result.stages[-1].evaluation.score))

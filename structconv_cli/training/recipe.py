@@ -56,7 +56,7 @@ class Recipe:
     learning_rate: float = 0.02
     annealing: Annealing = "cosine"
     weight_decay: float = 5e-4
-    distillation: float = 0.5
+    distillation: float = 0.9
     hints: float = 0.0
     averaging: float = 0.0
     augment: tuple[str, ...] = ()
