@@ -59,9 +59,13 @@ def test_a_plan_that_loses_too_much_is_given_up_for_a_lighter_one(
     most = max(0.0, lost - 0.5)
     result = convert(place, tmp_path / "run", f"--max-drop={most}", *LEARN_NOTHING)
     if result.exit_code:
+        told = " ".join(result.stderr.split())
+        if "keeps every layer as it is" in told:
+            assert most <= 1, told  # this machine's timings made a fastest plan that loses nothing
+            return
         # Without learning, lighter plans need not lose less: then all were given up.
-        drops = [float(drop) for _, drop in GIVEN_UP.findall(" ".join(result.stderr.split()))]
-        assert drops
+        drops = [float(drop) for _, drop in GIVEN_UP.findall(told)]
+        assert drops, told
         assert all(drop > most for drop in drops)
         assert not (tmp_path / "run").exists()
         return
