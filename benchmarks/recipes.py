@@ -49,7 +49,7 @@ from structconv_cli.training.record import FineTuneResult
 from structconv_cli.unfinished import Unfinished
 
 BASE = Recipe(1, 0.0, distillation=0.5, augment=("crop", "flip"))
-FOLLOWING = {"distillation": Recipe(1, 0.0).distillation}
+FOLLOWING = {"distillation": Classification.following}
 FITTED = {"aim": "least squares"}
 HALF = {"regularised": 0.1, **FITTED}
 PROXIMAL = {"regularised": 1 / 3, "residual": "proximal", "sr_lambda": 2.0}

@@ -106,7 +106,8 @@ Distill = Annotated[
         min=0,
         max=1,
         help="Share of the loss that follows the original model's outputs; the rest follows the "
-        "labels. By default 0.9; use less, or 0, if the original is poor on this data.",
+        "labels. By default 0.9 for classification, 0.5 otherwise; use less, or 0, if the "
+        "original is poor on this data.",
     ),
 ]
 Hints = Annotated[

@@ -77,10 +77,23 @@ def test_named_recipes() -> None:
     default, paper = (named_recipe(name, 10) for name in ("default", "paper"))
     assert default.regularised == 1
     assert default.residual == "falling"
-    assert default.distillation > 0
+    assert default.distillation is None
     assert (paper.regularised, paper.residual, paper.distillation) == (10, "free", 0)
     assert paper.strength == "fixed"
     assert set(RECIPES) == {"default", "paper"}
+
+
+@pytest.mark.parametrize("share", [None, 0.25, 0.0])
+def test_what_no_recipe_says_of_distillation_is_the_tasks(
+    share: float | None, trained: nn.Module, data: Dataset
+) -> None:
+    _, found = tune(trained, data, replace(BRIEF, distillation=share))
+    due = Classification.following if share is None else share
+    assert found.recipe == replace(BRIEF, distillation=due)
+    alike, _ = tune(trained, data, replace(BRIEF, distillation=due))
+    tuned, _ = tune(trained, data, replace(BRIEF, distillation=share))
+    for name, value in state(tuned).items():
+        assert torch.equal(value, state(alike)[name])
 
 
 def test_changes_that_are_none_are_none() -> None:

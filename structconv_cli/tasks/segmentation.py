@@ -32,6 +32,7 @@ class Segmentation(ImageTask):
     """
 
     metric = Metric("mIoU", "%")
+    following = 0.5
     calibration_images: ClassVar[int] = 512
     most_at_once: ClassVar[int] = 16
 

@@ -64,6 +64,10 @@ class Task(Protocol):
     def metric(self) -> Metric:
         """What it is judged by."""
 
+    @property
+    def following(self) -> float:
+        """Share of the loss that follows the original model's outputs, unless a recipe says."""
+
     def check(self, model: nn.Module) -> None:
         """Find out before the long work whether model, data and task fit one another.
 

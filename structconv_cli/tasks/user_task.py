@@ -70,6 +70,8 @@ class UserTask:
         batches = UserBatches(hooks, self.batch_size, self.seed, self.world)
         object.__setattr__(self, "batches", batches)
 
+    following = 0.5
+
     @property
     def metric(self) -> Metric:
         """As the file calls it."""

@@ -79,7 +79,9 @@ def finetune(
             _train(training, keeper, enough, fit)
         finally:
             training.close()
-    result = FineTuneResult(recipe, task.metric, tuple(training.stages), tuple(training.epochs))
+    result = FineTuneResult(
+        training.recipe, task.metric, tuple(training.stages), tuple(training.epochs)
+    )
     return hardware.bring_back(tuned).eval(), result
 
 

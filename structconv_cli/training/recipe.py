@@ -36,7 +36,7 @@ class Recipe:
         annealing: how the learning rate falls to zero.
         weight_decay: on all parameters.
         distillation: share of the loss that follows the original model's outputs, 0 to 1; the rest
-            is the task's own.
+            is the task's own. None for the task's own share (`Task.following`).
         hints: weight of the distance between what blocks put out and what the original's do
             (`training.features`), added to the loss.
         averaging: decay of the moving average of the weights that is the result; 0 for none.
@@ -56,7 +56,7 @@ class Recipe:
     learning_rate: float = 0.02
     annealing: Annealing = "cosine"
     weight_decay: float = 5e-4
-    distillation: float = 0.9
+    distillation: float | None = None
     hints: float = 0.0
     averaging: float = 0.0
     augment: tuple[str, ...] = ()

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -59,6 +60,8 @@ class Training:
         teacher: nn.Module | None = None,
         judge_epochs: bool = True,
     ) -> None:
+        if recipe.distillation is None:
+            recipe = replace(recipe, distillation=task.following)
         self.structures, self.task, self.recipe = structures, task, recipe
         self.hardware, self.world, self.observer = hardware, world, observer
         self.judge_epochs = judge_epochs
@@ -232,7 +235,7 @@ class Training:
         return unused
 
     def _loss(self, outputs: Any, batch: Batch) -> torch.Tensor:
-        loss, share = self.task.loss(outputs, batch), self.recipe.distillation
+        loss, share = self.task.loss(outputs, batch), self.recipe.distillation or 0.0
         if self.teacher is None:
             return loss
         with torch.no_grad():
