@@ -131,7 +131,7 @@ def test_stages_and_epochs(
 ) -> None:
     recipe = Recipe(epochs, regularised, batch_size=16, learning_rate=0.02)
     tuned, result = tune(trained, data, recipe)
-    assert result.recipe == recipe
+    assert result.recipe == replace(recipe, distillation=Classification.following)
     middle = ["projected", "batch norm re-estimated"]
     assert stage_names(result) == [
         "original",

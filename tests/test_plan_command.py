@@ -539,10 +539,16 @@ def test_what_cannot_be_reached_is_told_and_the_remedy_works(
         "What holds it: ", "%)", *told,
     )  # fmt: skip
     assert any(f"{name} (" in message for name in LAYERS)
-    remedy = message.rpartition(f"{option} ")[2].rstrip(".")
-    done(plan(place, tmp_path / "plan.json", option, remedy))
-    # A disturbed timing may find the model fastest as it is; operations are what they are.
     timed = option in ("--target-speedup", "--target-latency")
+    # A model of microseconds is timed anew each time, and may come out slower than it was.
+    for _ in range(5 if timed else 1):
+        remedy = message.rpartition(f"{option} ")[2].rstrip(".")
+        result = plan(place, tmp_path / "plan.json", option, remedy)
+        message = " ".join(result.stderr.split())
+        if not result.exit_code:
+            break
+    done(result)
+    # A disturbed timing may find the model fastest as it is; operations are what they are.
     assert timed or prediction_of(tmp_path / "plan.json").structures
 
 
