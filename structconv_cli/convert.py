@@ -94,9 +94,7 @@ def convert(
 
 def _hardware_notes(hardware: Hardware, world: World, observer: Observer) -> tuple[str, ...]:
     """What speaks against the hardware chosen, told at once: the training may take hours."""
-    if hardware.precision == "fp32" or not world.first:
-        return ()
-    note = hardware.note()
+    note = hardware.note() if world.first else None
     if note is None:
         return ()
     with observer.stage("hardware"):

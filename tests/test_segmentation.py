@@ -225,7 +225,6 @@ def test_a_model_with_a_dict_of_outputs_goes_the_whole_way(
         *("convert", tmp_path / "net.pt", "--arch", f"{tmp_path}/net.py:build", "--out", out),
         *("--data", *data(tmp_path), "--epochs", 3),
         *("--batch-size", 6, "--forms", "split", "--lr", 0.05, "--augment", "none"),
-        *("--distill", 0),  # the original knows nothing
     )
     assert "mIoU (%) by stage, 10 examples" in told
     assert "accuracy" not in told

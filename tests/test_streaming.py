@@ -160,7 +160,14 @@ except KeyboardInterrupt:
 def test_interrupts_end_the_workers_too(folder: Path):
     process = subprocess.Popen(
         # torch warns where there are fewer cores than workers.
-        [sys.executable, "-W", "ignore", "-c", INTERRUPTED, str(folder / "classes")],
+        [
+            sys.executable,
+            "-W",
+            "ignore:This DataLoader",
+            "-c",
+            INTERRUPTED,
+            str(folder / "classes"),
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -254,7 +254,8 @@ class Network:
         if not obstacle and source is not None:
             numbers = [i for i, unit in enumerate(self.units) if source.name in unit.parts]
             unit = numbers[0] if numbers else None
-            obstacle = "" if self._windows else _UNWANTED
+            if not self._windows:
+                obstacle = _UNWANTED
         return NetworkLayer(
             spec=spec,
             node=node,

@@ -235,7 +235,7 @@ class Training:
         return unused
 
     def _loss(self, outputs: Any, batch: Batch) -> torch.Tensor:
-        loss, share = self.task.loss(outputs, batch), self.recipe.distillation or 0.0
+        loss, share = self.task.loss(outputs, batch), self.recipe.distillation
         if self.teacher is None:
             return loss
         with torch.no_grad():
