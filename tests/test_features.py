@@ -73,7 +73,7 @@ def test_the_distance_by_its_definition() -> None:
             float((a - b).square().sum() / b.square().sum())
             for a, b in zip(by_hand(ours, x), by_hand(theirs, x), strict=True)
         ]
-    assert float(found) == pytest.approx(sum(expected) / 4, rel=1e-5)
+    assert found.item() == pytest.approx(sum(expected) / 4, rel=1e-5)
     found.backward()
     assert all(p.grad is not None for name, p in ours.named_parameters() if "head" not in name)
     assert all(p.grad is None for p in theirs.parameters())

@@ -10,7 +10,6 @@ A layer is free in its kernel. Its input channels it shares with all other reade
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import prod
 
 import numpy as np
 import numpy.typing as npt
@@ -23,11 +22,12 @@ from structconv_cli.onnx.alternatives import Alternatives, Unit
 from structconv_cli.onnx.example_inputs import with_sizes
 from structconv_cli.onnx.graph import Graph
 from structconv_cli.onnx.node_spec import node_spec, output_size
-from structconv_cli.onnx.nodes import ConvAttributes, is_transposed, layer_of
+from structconv_cli.onnx.nodes import ConvAttributes, layer_of
 from structconv_cli.onnx.roles import Carry, Layer
 from structconv_cli.onnx.spaces import Space, Spaces
-from structconv_cli.onnx.structured_node import StructuredNode, dense_weight, layer_obstacle
+from structconv_cli.onnx.structured_node import StructuredNode, dense_weight
 from structconv_cli.planning.candidates import BLOCK, WINDOWS, Candidate, half, structure_of
+from structconv_cli.planning.kept_layers import kept_costs, layer_nodes
 from structconv_cli.structure import Structure
 
 Feeds = Mapping[str, npt.NDArray[np.generic]]
@@ -107,12 +107,11 @@ class Network:
             refused: layers that must be kept for reasons that the graph does not show.
             windows: whether spaces may be carried in parts, for windows over channels.
         """
-        self._refused = refused or {}
         self.graph = Graph(model)
         self.spaces = Spaces(self.graph)
         self._shapes = Graph(with_sizes(model, feeds))
         batch = next(iter(feeds.values())).shape[0] if feeds else 1
-        nodes, self.kept = self._layer_nodes()
+        nodes, self.kept = layer_nodes(self.graph, refused or {})
         weights = {name: dense_weight(self.graph, node) for name, node in nodes.items()}
         self._widest = self._with_windows(nodes, weights)
         self.units: tuple[Unit, ...] = self._widest.units if windows else ()
@@ -120,7 +119,7 @@ class Network:
         self.layers = {
             name: self._layer(name, node, weights[name], batch) for name, node in nodes.items()
         }
-        self.kept_costs = self._kept_costs(batch)
+        self.kept_costs = kept_costs(self.graph, self._shapes, self.kept, batch)
         self.selectable = {
             space.name: half(space.channels) for space in self.spaces if self._is_selectable(space)
         }
@@ -179,35 +178,6 @@ class Network:
         found = (name for name in names if name in self.layers or name in self.kept)
         return tuple(dict.fromkeys(name for name in found if name is not None))
 
-    def _layer_nodes(self) -> tuple[dict[str, onnx.NodeProto], dict[str, str]]:
-        nodes: dict[str, onnx.NodeProto] = {}
-        kept: dict[str, str] = {}
-        for node in self.graph.nodes:
-            name = layer_of(node)
-            if name is None or (node.op_type == "MatMul" and not self._has_weight(node)):
-                continue
-            obstacle = self._refused.get(name) or layer_obstacle(self.graph, node)
-            if name in nodes or name in kept:
-                nodes.pop(name, None)
-                kept[name] = "it runs more than once"
-            elif obstacle:
-                kept[name] = obstacle
-            elif self._is_depthwise(node):
-                kept[name] = (
-                    "depthwise: each filter would need a sum-pool of its own, so nothing is shared"
-                )
-            else:
-                nodes[name] = node
-        return nodes, kept
-
-    def _has_weight(self, node: onnx.NodeProto) -> bool:
-        return self.graph.constant(node.input[1]) is not None
-
-    def _is_depthwise(self, node: onnx.NodeProto) -> bool:
-        shape = self.graph.shape(node.input[1]) or ()
-        grouped = any(a.name == "group" and a.i > 1 for a in node.attribute)
-        return grouped and len(shape) > 1 and shape[1] == 1
-
     def _with_windows(
         self, nodes: Mapping[str, onnx.NodeProto], weights: Mapping[str, torch.Tensor]
     ) -> Alternatives:
@@ -220,27 +190,6 @@ class Network:
                 structure = structure_of(dense, Candidate(channels="window"))
                 found[node.output[0]] = as_structured(name, node, weights[name], structure)
         return Alternatives(self.spaces, found)
-
-    def _kept_costs(self, batch: int) -> dict[str, Cost]:
-        """Costs of the layers whose weights are constants of a plain layer's shape."""
-        found = {name: Cost(0, 0, 0) for name in self.kept}
-        counted: set[str] = set()
-        for node in self.graph.nodes:
-            name = layer_of(node)
-            shape = self.graph.shape(node.input[1]) if name in self.kept else None
-            if name is None or shape is None or None in shape or not self._has_weight(node):
-                continue
-            sizes = self._shapes.shape(node.output[0]) or ()
-            outputs = prod(size or 1 for size in sizes) // batch
-            width = prod(size or 1 for size in shape[1:])
-            if is_transposed(node):
-                width = shape[max(0, len(shape) - 2)] or 1
-            # Nodes may share a weight.
-            constants = {tensor for tensor in node.input[1:3] if tensor} - counted
-            counted |= constants
-            parameters = sum(prod(s or 1 for s in self.graph.shape(x) or (0,)) for x in constants)
-            found[name] += Cost(outputs * width, outputs * (width - 1), parameters)
-        return found
 
     def _layer(
         self, name: str, node: onnx.NodeProto, weight: torch.Tensor, batch: int

@@ -1,6 +1,5 @@
 """The training loop: a model, its teacher, its optimiser, and where they stand."""
 
-import copy
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -22,8 +21,8 @@ from structconv_cli.rewrite import project_weights, residuals, structured_parame
 from structconv_cli.structure import Structure
 from structconv_cli.tasks.task import Batch, Evaluation, Task
 from structconv_cli.training.descent import Descent, moves_to
-from structconv_cli.training.features import Features
 from structconv_cli.training.hardware import Hardware
+from structconv_cli.training.objective import Objective
 from structconv_cli.training.optimizer import optimizer_for
 from structconv_cli.training.recipe import Recipe
 from structconv_cli.training.record import EpochResult, StageResult
@@ -68,10 +67,6 @@ class Training:
         self.model = hardware.place(model)
         self.schedule = Schedule(recipe, max(1, task.steps // recipe.accumulate))
         self.descent = Descent(structured_parameters(model, structures), self.schedule)
-        self.teacher: nn.Module | None = None
-        self._features: Features | None = None
-        if (recipe.distillation or recipe.hints) and recipe.epochs:
-            self.teacher = hardware.place(teacher or copy.deepcopy(model)).eval()
         self.epoch = self.step = 0
         self.seconds = 0.0
         """Of training since the last stage."""
@@ -86,12 +81,9 @@ class Training:
                     model,
                     multi_avg_fn=get_ema_multi_avg_fn(recipe.averaging),  # type: ignore[no-untyped-call]
                 )
-            if self.teacher is not None:
-                # Behind all copies of the model, which would take hooks with them.
-                if recipe.hints:
-                    self._features = Features(model, self.teacher, structures)
-                self.teacher = hardware.compile(self.teacher)
             self._runner = hardware.compile(model)
+        # Behind all copies of the model, which would take its hooks with them.
+        self._objective = Objective(model, structures, task, recipe, hardware, teacher)
 
     # Stages -----------------------------------------------------------------------------------
 
@@ -151,8 +143,7 @@ class Training:
 
     def close(self) -> None:
         """Leave nothing of the training on the models."""
-        if self._features is not None:
-            self._features.close()
+        self._objective.close()
 
     @property
     def phase(self) -> str:
@@ -217,11 +208,10 @@ class Training:
                 self._runner = DistributedDataParallel(self._runner, find_unused_parameters=unused)
             self._set_training()
         waits = isinstance(self._runner, DistributedDataParallel) and not last
-        watched = nullcontext() if self._features is None else self._features.watched()
         with reached(), self._runner.no_sync() if waits else nullcontext():  # type: ignore[operator]
-            with self.hardware.running(), watched:
+            with self.hardware.running(), self._objective.watched():
                 outputs = self.task.forward(self._runner, batch)
-                loss = self._loss(outputs, batch)
+                loss = self._objective.loss(outputs, batch)
             (loss / self.recipe.accumulate).backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
 
@@ -233,18 +223,6 @@ class Training:
         unused = any(parameter.grad is None for parameter in trained)
         self.model.zero_grad(set_to_none=True)
         return unused
-
-    def _loss(self, outputs: Any, batch: Batch) -> torch.Tensor:
-        loss, share = self.task.loss(outputs, batch), self.recipe.distillation
-        if self.teacher is None:
-            return loss
-        with torch.no_grad():
-            taught = self.task.forward(self.teacher, batch)
-        if share:
-            loss = (1 - share) * loss + share * self.task.distillation(outputs, taught, batch)
-        if self._features is not None:
-            loss = loss + self.recipe.hints * self._features.distance()
-        return loss
 
     def _change_weights(self) -> None:
         rate = self.schedule.learning_rate(self.step)
