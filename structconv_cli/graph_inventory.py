@@ -38,7 +38,7 @@ def graph_inventory(model: onnx.ModelProto, feeds: Feeds) -> Inventory:
     for node in graph.nodes:
         name = layer_of(node)
         # A product of two activations, as in attention, is no layer.
-        if name is not None and (node.op_type != "MatMul" or _has_weight(graph, node)):
+        if name is not None and (node.op_type != "MatMul" or graph.is_constant(node.input[1])):
             nodes.setdefault(name, []).append(node)
     layers, unsupported = [], []
     for name, found in nodes.items():
@@ -51,10 +51,6 @@ def graph_inventory(model: onnx.ModelProto, feeds: Feeds) -> Inventory:
         size = output_size(spec, shapes.shape(node.output[0]) or (), batch)
         layers.append(TracedLayer(spec, size, 1))
     return Inventory(tuple(layers), tuple(unsupported), inputs, outputs)
-
-
-def _has_weight(graph: Graph, node: onnx.NodeProto) -> bool:
-    return graph.constant(node.input[1]) is not None
 
 
 def _obstacle(graph: Graph, node: onnx.NodeProto) -> str:

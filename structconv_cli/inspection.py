@@ -114,7 +114,7 @@ def inspect_graph(
     for node in graph.nodes:
         output = node.output[0]
         name = layer_of(node)
-        if name is not None and graph.constant(node.input[1]) is not None:
+        if name is not None and graph.is_constant(node.input[1]):
             layers.append(
                 _layer(shapes, node, name, target, times.get(output), structures.get(output))
             )

@@ -7,6 +7,7 @@ import onnx
 
 from structconv_cli.cost import Cost
 from structconv_cli.onnx.graph import Graph
+from structconv_cli.onnx.node_spec import node_spec
 from structconv_cli.onnx.nodes import is_transposed, layer_of
 from structconv_cli.onnx.structured_node import layer_obstacle
 
@@ -24,7 +25,7 @@ def layer_nodes(
     kept: dict[str, str] = {}
     for node in graph.nodes:
         name = layer_of(node)
-        if name is None or (node.op_type == "MatMul" and not _has_weight(graph, node)):
+        if name is None or (node.op_type == "MatMul" and not graph.is_constant(node.input[1])):
             continue
         obstacle = refused.get(name) or layer_obstacle(graph, node)
         if name in nodes or name in kept:
@@ -32,7 +33,7 @@ def layer_nodes(
             kept[name] = "it runs more than once"
         elif obstacle:
             kept[name] = obstacle
-        elif _is_depthwise(graph, node):
+        elif _is_depthwise(name, graph, node):
             kept[name] = (
                 "depthwise: each filter would need a sum-pool of its own, so nothing is shared"
             )
@@ -56,7 +57,7 @@ def kept_costs(graph: Graph, shapes: Graph, kept: Collection[str], batch: int) -
     for node in graph.nodes:
         name = layer_of(node)
         shape = graph.shape(node.input[1]) if name in kept else None
-        if name is None or shape is None or None in shape or not _has_weight(graph, node):
+        if name is None or shape is None or None in shape or not graph.is_constant(node.input[1]):
             continue
         sizes = shapes.shape(node.output[0]) or ()
         outputs = prod(size or 1 for size in sizes) // batch
@@ -71,11 +72,6 @@ def kept_costs(graph: Graph, shapes: Graph, kept: Collection[str], batch: int) -
     return found
 
 
-def _has_weight(graph: Graph, node: onnx.NodeProto) -> bool:
-    return graph.constant(node.input[1]) is not None
-
-
-def _is_depthwise(graph: Graph, node: onnx.NodeProto) -> bool:
-    shape = graph.shape(node.input[1]) or ()
-    grouped = any(a.name == "group" and a.i > 1 for a in node.attribute)
-    return grouped and len(shape) > 1 and shape[1] == 1
+def _is_depthwise(name: str, graph: Graph, node: onnx.NodeProto) -> bool:
+    weight = graph.constant(node.input[1])
+    return weight is not None and node_spec(name, node, weight.shape).is_depthwise
