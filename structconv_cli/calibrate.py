@@ -7,16 +7,11 @@ import torch
 from torch import nn
 
 from structconv_cli.model.eval_mode import eval_mode
+from structconv_cli.model.frozen import frozen_modules
 
 
 def _run(model: nn.Module, batch: Any) -> Any:
     return model(batch)
-
-
-def is_frozen(module: nn.Module) -> bool:
-    """Whether a module has parameters of its own, and none of them is to be trained."""
-    own = list(module.parameters(recurse=False))
-    return bool(own) and not any(parameter.requires_grad for parameter in own)
 
 
 @torch.no_grad()
@@ -38,12 +33,13 @@ def reestimate_batch_norm(
     Returns:
         The number of batch norms re-estimated (0: the model has none to re-estimate).
     """
+    frozen = frozen_modules(model)
     norms = [
         module
         for module in model.modules()
         if isinstance(module, nn.modules.batchnorm._BatchNorm)
         and module.track_running_stats
-        and not is_frozen(module)
+        and module not in frozen
     ]
     if not norms:
         return 0

@@ -56,6 +56,12 @@ class BenchmarkError(StructconvError):
     """A benchmark cannot be run as asked."""
 
 
+def beneath(error: BaseException) -> BaseException:
+    """What a user's hook failed with; any other error is itself."""
+    cause = error.__cause__
+    return cause if isinstance(error, TaskError) and cause is not None else error
+
+
 def one_line(error: BaseException) -> str:
     """Put another library's message on one line; its class's name where it says nothing."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -30,6 +30,7 @@ from structconv_cli.reference import REAL_EXAMPLES
 from structconv_cli.tasks.choice import task_for
 from structconv_cli.tasks.classification import Classification
 from structconv_cli.tasks.task import Task
+from structconv_cli.training.schedule import steps_per_epoch
 from structconv_cli.world import World
 
 TRACE_BATCH = 2
@@ -110,6 +111,7 @@ def prepare(request: ConvertRequest, world: World, observer: Observer) -> Prepar
         inventory = take_inventory(found.model, *example)
         if task is not None:
             task.check(found.model)
+            steps_per_epoch(task.steps, request.recipe)
         given = given_plan(request, inventory) if request.targets.is_empty else None
         original = export_onnx(found.model, *example)
     notes = [*opened.notes, *found.notes, *notes]

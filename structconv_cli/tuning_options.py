@@ -27,7 +27,7 @@ SrEpochs = Annotated[
         rich_help_panel="Fine-tuning",
         min=0,
         help="Epochs of these with structural regularisation, which end inside the structure; "
-        "the others tune inside it. By default a tenth.",
+        "the others tune inside it. By default a tenth (--recipe paper: all).",
     ),
 ]
 RecipeName = Annotated[

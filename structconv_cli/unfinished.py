@@ -25,7 +25,7 @@ from structconv_cli.plan_choice import Tried
 from structconv_cli.run_folder import partial_folder
 
 FORMAT = "structconv-partial/1"
-_STATE = "training.pt"
+_STATE, _PROGRESS = "training.pt", "progress.json"
 
 _FREE = ("out", "force", "resume", "command", "hardware", "lowering", "data.workers")
 """What may change between the beginning and the end without changing what is tuned."""
@@ -62,7 +62,7 @@ class Unfinished:
         if not self.tried:  # what another conversion left, which --force gave up
             (self.path / _STATE).unlink(missing_ok=True)
         self.tried = tried
-        write_json(_Progress(FORMAT, dict(self.made_for), tried), self.path / "progress.json")
+        write_json(_Progress(FORMAT, dict(self.made_for), tried), self.path / _PROGRESS)
 
     def load(self) -> dict[str, Any] | None:
         """The training's last state, of the plan tried last; None if there is none.
@@ -127,8 +127,8 @@ def open_unfinished(request: ConvertRequest) -> Unfinished:
     made_for = _made_for(request)
     if not path.exists():
         return Unfinished(path, made_for)
-    progress_file = path / "progress.json"
-    if path.is_symlink() or not progress_file.is_file():
+    progress_file = path / _PROGRESS
+    if path.is_symlink() or not _is_ours(path):
         raise RunFolderError(
             f"{path} is in the way: an unfinished conversion would be kept there, and it is none. "
             "Choose another --out."
@@ -140,9 +140,21 @@ def open_unfinished(request: ConvertRequest) -> Unfinished:
             f"{path} holds an unfinished conversion. Go on with it by the same command with "
             "--resume, or begin anew with --force."
         )
+    if not progress_file.is_file():  # killed before there was something, or while it was removed
+        return Unfinished(path, made_for)
     progress = read_json(progress_file, _Progress)
     _check_same(path, progress.made_for, made_for)
     return Unfinished(path, made_for, progress.tried)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a folder holds nothing but what a conversion keeps, or a part of it."""
+    names = (_STATE, _PROGRESS)
+    return path.is_dir() and all(
+        entry.name in names
+        or (entry.suffix == ".part" and entry.name.startswith(("training", _PROGRESS)))
+        for entry in path.iterdir()
+    )
 
 
 def _check_same(path: Path, then: Mapping[str, str], now: Mapping[str, str]) -> None:

@@ -8,6 +8,7 @@ import copy
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -95,8 +96,16 @@ def fitted_model(
         inputs = zip(ready.inventory.inputs, tensors, strict=True)
         samples = Samples({name: tensor.numpy() for name, tensor in inputs})
     found = reconstruct(graph, structures, samples, settings, observer)
-    apply_to_module(fitted, graph, found)
-    return fitted.eval(), found.record
+    left, record = apply_to_module(fitted, graph, found), found.record
+    if left:
+        names = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+        note = (
+            f"Outputs of {names} keep a shift of their mean: it could not be told which bias or "
+            "batch norm behind takes it up. Fine-tuning, which takes batch-norm statistics anew, "
+            "removes it."
+        )
+        record = replace(record, notes=(*record.notes, note))
+    return fitted.eval(), record
 
 
 def _judged(model: nn.Module, task: Task) -> Evaluation:

@@ -11,13 +11,14 @@ from typing import NoReturn, TypeVar
 import torch
 from torch import distributed, nn
 
-from structconv_cli.errors import TrainingError, one_line
+from structconv_cli.errors import TaskError, TrainingError, beneath, one_line
 
 T = TypeVar("T")
 _BACKENDS = ("gloo", "nccl", "process group", "connection")
 """One of these is named by what torch raises where a process is lost."""
-_PATIENCE = timedelta(minutes=30)
-"""How long processes wait for one another: the first plans and exports while others wait."""
+_PATIENCE = timedelta(hours=3)
+"""How long processes wait for one another: the first plans and fits while others wait. A process
+that ends is noticed at once; only one that hangs, or whose machine is gone, is waited for."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,13 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def local_size() -> int:
+    """How many of the processes share this machine's cores and memory; all, if nothing says."""
+    if not launched():
+        return 1
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+
+
 @contextmanager
 def reached() -> Iterator[None]:
     """Say so where the block fails because another process is lost.
@@ -142,9 +150,12 @@ def reached() -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, TaskError) as failure:
+        error = beneath(failure)
         text = str(error).lower()
-        if not isinstance(error, distributed.DistError) and not any(w in text for w in _BACKENDS):
+        if not isinstance(error, RuntimeError) or not (
+            isinstance(error, distributed.DistError) or any(word in text for word in _BACKENDS)
+        ):
             raise
         rank = os.environ.get("RANK", "?")
         raise TrainingError(

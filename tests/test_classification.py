@@ -49,10 +49,11 @@ def test_evaluation_by_hand() -> None:
     assert found.others == {}
 
 
-def test_top_five_by_hand() -> None:
+@pytest.mark.parametrize("named", [True, False])
+def test_top_five_by_hand(named: bool) -> None:
     scores = torch.arange(11.0).repeat(600, 1)  # more than a batch
     labels = torch.arange(600) % 11
-    found = task_of(scores, labels, 11).evaluate(passed_on)
+    found = task_of(scores, labels, 11 if named else 0).evaluate(passed_on)
     assert found.score == pytest.approx(100 * float((labels == 10).double().mean()))
     right = float((labels >= 6).double().mean())
     assert found.others == {"top-5 accuracy": pytest.approx(100 * right)}

@@ -334,7 +334,12 @@ def test_damaged_files_and_wrong_data_are_refused(place: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize(
     "words",
-    [["--arch=x.py:f"], ["--epochs=3"], ["--resume"], ["--distill=0.1"], ["--task=t.py"]],
+    [
+        *(["--arch=x.py:f"], ["--epochs=3"], ["--resume"], ["--distill=0.1"], ["--task=t.py"]),
+        # Those that have a value where none is given, which may be the one given.
+        *(["--recipe=default"], ["--batch-size=64"], ["--optimizer=sgd"], ["--accumulate=1"]),
+        *(["--train-device=cpu"], ["--precision=bf16"], ["--channels-last"], ["--compile"]),
+    ],
 )
 def test_options_that_need_a_checkpoint_are_refused(place: Path, words: list[str]) -> None:
     result = run("convert", place / "tiny.onnx", *words)

@@ -310,6 +310,46 @@ def test_a_loss_that_diverges_keeps_the_last_good_state(tmp_path: Path) -> None:
     assert all(bool(value.isfinite().all()) for value in state["model"].values())
 
 
+class Steep(Classification):
+    """Its loss is finite to the end of the second epoch, and its gradient there is not to be borne:
+    no later loss of the epoch tells."""
+
+    steps_taken = 0
+
+    def loss(self, outputs: torch.Tensor, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        found = super().loss(outputs, batch)
+        if not torch.is_grad_enabled():
+            return found
+        Steep.steps_taken += 1
+        if Steep.steps_taken != 2 * self.steps:
+            return found
+        push = 1e38 * outputs[:, 0].sum()
+        return found + push - push.detach()
+
+
+def test_a_state_that_the_last_step_of_an_epoch_destroyed_is_not_kept(tmp_path: Path) -> None:
+    Steep.steps_taken = 0
+    task = Steep(dataset(), 16, ("crop",))
+    with pytest.raises(TrainingError, match=r"last step of epoch 2.*--lr"):
+        finetune(network(), STRUCTURES, task, RECIPE, keeper=unfinished(tmp_path), fit=fitted)
+    state = torch.load(tmp_path / "training.pt", weights_only=True)
+    assert state["epoch"] == 1
+    # And so it goes on from there, at another rate.
+    train(unfinished(tmp_path), replace(RECIPE, learning_rate=0.001))
+
+
+@pytest.mark.parametrize("files", [[], ["training.pt"], ["training.part", "progress.json.1.part"]])
+def test_what_a_kill_left_without_a_record_is_begun_anew(
+    files: list[str], tiny: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "run.partial").mkdir()
+    for name in files:
+        (tmp_path / "run.partial" / name).write_text("torn")
+    done = run(*tiny_words(tiny, out=str(tmp_path / "run")), "--resume")
+    assert done.exit_code == 0, done.output
+    assert {entry.name for entry in tmp_path.iterdir()} == {"run"}
+
+
 def test_stopping_early(tmp_path: Path) -> None:
     task = Classification(dataset(), RECIPE.batch_size, RECIPE.augment)
     _, result = finetune(network(), STRUCTURES, task, RECIPE, enough=lambda drop: drop <= 100)

@@ -191,4 +191,4 @@ def test_workers_leave_cores_to_the_training(monkeypatch: pytest.MonkeyPatch):
     assert worker_count(0, 1) == 0
     assert worker_count(5, 2) == 5
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
-    assert [worker_count(None, world) for world in (1, 2, 4, 16)] == [8, 4, 2, 1]
+    assert [worker_count(None, processes) for processes in (1, 2, 4, 16)] == [8, 4, 2, 1]

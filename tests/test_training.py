@@ -236,6 +236,44 @@ def test_batches_that_make_no_whole_step_are_left_out(data: Dataset) -> None:
     assert result.epochs[0].loss > 0
 
 
+def test_steps_of_more_batches_than_there_are_are_refused(data: Dataset) -> None:
+    recipe = Recipe(1, 0.0, batch_size=20, accumulate=6)
+    with pytest.raises(TrainingError, match=r"--accumulate 6 .*than an epoch has \(5\)"):
+        tune(without_norms(), data, recipe, structures={})
+
+
+class Scaled(nn.Sequential):
+    """Has a frozen parameter of its own beside trained layers."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        self.scale = nn.Parameter(torch.ones(1), requires_grad=False)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_frozen_parameter_freezes_no_batch_norm_but_a_frozen_part_does(
+    frozen: bool, data: Dataset
+) -> None:
+    norm = nn.BatchNorm2d(4, affine=False)
+    model = nn.Sequential(
+        Scaled(nn.Conv2d(1, 4, 3), norm, nn.Dropout()), nn.Flatten(), nn.LazyLinear(4)
+    )
+    model(data.prepare(data.train.images[:2]))
+    model[0].requires_grad_(not frozen)
+    model[0].scale.requires_grad_(False)
+    trained: dict[str, bool] = {}
+    for name in ("0", "0.1", "0.2"):
+        model.get_submodule(name).register_forward_hook(
+            lambda module, *_, name=name: (
+                trained.update({name: module.training}) if torch.is_grad_enabled() else None
+            )
+        )
+    before = norm.running_mean.clone()
+    found, _ = tune(model, data, Recipe(1, 0.0, batch_size=20, distillation=0.0), structures={})
+    assert trained == dict.fromkeys(("0", "0.1", "0.2"), not frozen)
+    assert torch.equal(found[0][1].running_mean, before) == frozen
+
+
 # --- hardware
 
 
@@ -335,3 +373,14 @@ def test_no_gpu_is_said() -> None:
     with pytest.raises(TrainingError, match=r"--train-device cpu"):
         Hardware(device="cuda").check()
     Hardware().check()
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name, value in {"WORLD_SIZE": "8", "MASTER_ADDR": "x", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(TrainingError, match=r"--nproc-per-node 2"):
+        Hardware(device="cuda").check()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    Hardware(device="cuda").check()

@@ -14,8 +14,11 @@ from torch import nn
 from typer.testing import CliRunner, Result
 
 from structconv_cli.cli import app
-from structconv_cli.errors import TaskError
+from structconv_cli.errors import TaskError, TrainingError
 from structconv_cli.tasks.user_task import UserTask
+from structconv_cli.training.finetune import finetune
+from structconv_cli.training.hardware import Hardware
+from structconv_cli.training.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("short_rounds")
 
@@ -418,6 +421,25 @@ def test_outputs_that_change_in_training_need_a_hook_to_follow_them(tmp_path: Pa
     task = task_of(tmp_path, TASK)
     with pytest.raises(TaskError, match="distillation"):
         task.distillation({"loss": torch.ones(())}, [torch.ones(3)], None)
+
+
+class Viewed(nn.Module):
+    """Flattens by view, which asks for the plain layout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 2, 3, padding=1)
+
+    def forward(self, image: torch.Tensor, hint: torch.Tensor) -> dict[str, torch.Tensor]:
+        flat = self.conv(image).view(len(image), 128)
+        return {"clean": flat.view(len(image), 2, 64).mean(1).view(image.shape)}
+
+
+def test_what_is_wrong_with_the_hardware_is_not_blamed_on_the_loaders(tmp_path: Path) -> None:
+    task, recipe = task_of(tmp_path, TASK), Recipe(1, 0.0, batch_size=8)
+    finetune(Viewed(), {}, task, recipe)
+    with pytest.raises(TrainingError, match=r"Leave out --channels-last"):
+        finetune(Viewed(), {}, task, recipe, hardware=Hardware(channels_last=True))
 
 
 def test_on_the_command_line_a_mistake_is_one_paragraph(place: Path, tmp_path: Path) -> None:

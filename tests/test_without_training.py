@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -56,6 +57,31 @@ def test_images_without_labels_are_fitted_on(tiny: Path, tmp_path: Path) -> None
     assert "labels unknown" in verified(tmp_path / "run")
     said = json.loads((tmp_path / "run/convert.json").read_text())
     assert said["reconstruction"]["images"] == 216
+
+
+ALIKE = """
+from torch import nn
+
+def alike():
+    layers = [nn.Conv2d(1, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()]
+    layers += [nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+"""
+
+
+def test_a_shift_that_nothing_could_be_found_for_is_told(tiny: Path, tmp_path: Path) -> None:
+    # Two batch norms that compute the same: which of them is behind a layer cannot be told.
+    (tmp_path / "alike.py").write_text(ALIKE)
+    namespace: dict[str, Any] = {}
+    exec(ALIKE, namespace)
+    torch.manual_seed(0)
+    torch.save(namespace["alike"]().state_dict(), tmp_path / "alike.pt")
+    command = ["convert", f"{tmp_path}/alike.pt", f"--arch={tmp_path}/alike.py:alike"]
+    data = [f"--data={tiny}/data.npz", "--val-split=0.25", "--no-finetune", "--forms=split"]
+    done = CliRunner().invoke(app, [*command, *data, f"--out={tmp_path}/run"])
+    assert done.exit_code == 0, done.output
+    said = json.loads((tmp_path / "run/convert.json").read_text())
+    assert any("Outputs of 3 keep a shift" in note for note in said["notes"]), said["notes"]
 
 
 def test_the_file_takes_any_batch(tiny: Path, tmp_path: Path) -> None:

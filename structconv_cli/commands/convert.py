@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 
 def convert(
+    context: typer.Context,
     checkpoint: options.Checkpoint,
     arch: options.Arch = None,
     data: options.Data = None,
@@ -88,6 +89,7 @@ def convert(
         from structconv_cli.model.signature import INPUT
         from structconv_cli.model_graph import is_onnx
         from structconv_cli.run_folder import model_file
+        from structconv_cli.world import launched
 
         if data is None and (size or mean or std or val_split or augment):
             raise typer.BadParameter(
@@ -114,6 +116,11 @@ def convert(
         )
         checkpoint = model_file(checkpoint)
         onnx = is_onnx(checkpoint)
+        if launched() and (onnx or dry_run):
+            raise typer.BadParameter(
+                f"several processes were started, and {'an ONNX file' if onnx else '--dry-run'} "
+                "trains nothing that they could share. Run it without torchrun."
+            )
         wish = Wish(
             model=checkpoint,
             data=spec,
@@ -147,6 +154,7 @@ def convert(
                 "--lr": lr,
                 "--weight-decay": weight_decay,
                 "--stop-at-drop": stop_at_drop,
+                **{option: _was_given(context, name) for option, name in _TRAINING.items()},
             }
             exact = _convert_onnx(onnx_request(wish, for_checkpoints, dry_run), console)
         else:
@@ -163,6 +171,25 @@ def convert(
             exact = _dry_run(request, console) if dry_run else _convert(request, console)
     if not exact:
         raise typer.Exit(CHECK_FAILED)
+
+
+_TRAINING = {
+    "--recipe": "recipe",
+    "--batch-size": "batch_size",
+    "--accumulate": "accumulate",
+    "--optimizer": "optimizer",
+    "--augment": "augment",
+    "--train-device": "train_device",
+    "--precision": "precision",
+    "--channels-last": "channels_last",
+    "--compile": "compile",
+}
+"""Training's options and their parameters, whose values do not tell whether they were given."""
+
+
+def _was_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")
 
 
 def _dry_run(request: "ConvertRequest", console: Console) -> bool:

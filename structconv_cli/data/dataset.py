@@ -25,6 +25,7 @@ from structconv_cli.data.order import Shuffle, batch_indices
 from structconv_cli.data.spec import HUB_PREFIX, DataSpec, check_spec
 from structconv_cli.data.split import Parts, Split
 from structconv_cli.errors import DataError
+from structconv_cli.world import local_size
 
 _SCANNED = 16
 
@@ -94,7 +95,7 @@ class Dataset:
             len(split), batch_size, shuffle=shuffle, rank=rank, world=world, drop_last=drop_last
         )
         epoch = EpochBatches(split, chosen, shuffle, augment, rank, self.ignore_label)
-        for images, targets in iterate(epoch, worker_count(self.workers, world)):
+        for images, targets in iterate(epoch, worker_count(self.workers, local_size())):
             yield self.prepare(images), targets
 
 

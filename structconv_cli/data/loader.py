@@ -80,14 +80,14 @@ def iterate(epoch: EpochBatches, workers: int) -> Iterator[Batch]:
         yield batch
 
 
-def worker_count(wanted: int | None, world: int) -> int:
-    """How many workers each of `world` ranks gets: as `wanted`, or by the cores."""
+def worker_count(wanted: int | None, processes: int) -> int:
+    """How many workers each of the processes on this machine gets: as `wanted`, or by the cores."""
     if wanted is not None:
         return wanted
     # Training a ResNet-20 on streamed CIFAR-10, on two busy cores, waited for 1.9 % of its time
     # with one worker, 2.0 % with two, 3.7 % with none: so most cores are left to the training.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(_MOST_WORKERS, max(1, (cores or 1) // (2 * world)))
+    return min(_MOST_WORKERS, max(1, (cores or 1) // (2 * processes)))
 
 
 def _from_workers(epoch: EpochBatches, workers: int) -> Iterator["Batch | DataError"]:

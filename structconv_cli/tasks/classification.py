@@ -62,16 +62,17 @@ class Classification(ImageTask):
     @torch.no_grad()
     def evaluate(self, forward: Callable[[Batch], torch.Tensor]) -> Evaluation:
         """Top-1 accuracy (percent), cross-entropy (nats); top-5 with more than ten classes."""
-        sums = torch.zeros(4, dtype=torch.float64)
+        sums, classes = torch.zeros(4, dtype=torch.float64), len(self.data.classes)
         for batch in self.validation():
             scores, labels = forward(batch).float(), batch[1]
             labels = labels.to(scores.device)
+            classes = classes or scores.shape[1]  # labels that are mere numbers have no names
             best = scores.topk(min(_TOP, scores.shape[1]), 1).indices == labels.unsqueeze(1)
             loss = functional.cross_entropy(scores, labels, reduction="sum")
             found: list[Any] = [best[:, 0].sum(), best.any(1).sum(), loss, len(labels)]
             sums += torch.tensor([float(value) for value in found], dtype=torch.float64)
         first, top, loss_sum, images = self.world.sum(sums).tolist()
         others: Mapping[str, float] = {}
-        if len(self.data.classes) > 2 * _TOP:
+        if classes > 2 * _TOP:
             others = {f"top-{_TOP} accuracy": 100 * top / images}
         return Evaluation(100 * first / images, loss_sum / images, int(images), others)

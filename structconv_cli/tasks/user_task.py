@@ -14,7 +14,8 @@ and may define
 - `metric_name`, `metric_unit` (texts) and `higher_is_better` (True if not given);
 - `inputs(batch)`: the model's inputs, a tensor or a tuple of them, each with one row per example.
   By default the batch if it is a tensor, or its first entry. The model is exported for them;
-- `forward(model, batch)`: by default `model(*inputs(batch))`;
+- `forward(model, batch)`: by default `model(*inputs(batch))`. It calls the model and reads none of
+  its attributes: among several processes, and compiled, the model is wrapped;
 - `distillation(outputs, taught, batch)`: how far outputs are from the original model's, a scalar
   tensor. By default their mean squared difference over the mean square of the original's, averaged
   over the floating-point outputs.

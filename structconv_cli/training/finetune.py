@@ -71,7 +71,8 @@ def finetune(
             process is lost.
     """
     tuned, hardware = copy.deepcopy(model), hardware or Hardware()
-    with torch.random.fork_rng():
+    device = hardware.torch_device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         training = Training(
             tuned, structures, task, recipe, hardware, world, observer, teacher, judge_epochs
         )
@@ -117,4 +118,5 @@ def _stops(training: Training, enough: Callable[[float], bool]) -> bool:
     if not training.crossed or not training.epochs or training.epochs[-1].evaluation is None:
         return False
     before, after = training.stages[0].evaluation, training.epochs[-1].evaluation
-    return enough(training.task.metric.drop(before.score, after.score))
+    # Metrics that each process takes by itself may differ by rounding: one decides.
+    return training.world.same(enough(training.task.metric.drop(before.score, after.score)))

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from structconv_cli.errors import TrainingError, one_line
-from structconv_cli.world import local_rank
+from structconv_cli.errors import TaskError, TrainingError, beneath, one_line
+from structconv_cli.world import local_rank, local_size
 
 Precision = Literal["fp32", "bf16"]
 
@@ -43,9 +43,18 @@ class Hardware:
         """Check that this machine has the device.
 
         Raises:
-            TrainingError: it has not.
+            TrainingError: it has not, or fewer than processes.
         """
-        if self.device == "cuda" and not torch.cuda.is_available():
+        if self.device != "cuda":
+            return
+        devices = torch.cuda.device_count()
+        if local_size() > devices > 0:
+            raise TrainingError(
+                f"{local_size()} processes were started on this machine, which has {devices} CUDA "
+                f"devices; each needs one of its own. Give torchrun --nproc-per-node {devices}, or "
+                "train with --train-device cpu."
+            )
+        if not torch.cuda.is_available():
             raise TrainingError(
                 "--train-device cuda was given, but torch finds no CUDA device here (torch "
                 f"{torch.__version__}). Install a CUDA build of torch, or train with "
@@ -114,7 +123,8 @@ class Hardware:
             reduced = (precision or self.precision) == "bf16"
             with torch.autocast(self.device, torch.bfloat16, enabled=reduced):
                 yield
-        except RuntimeError as error:
+        except (RuntimeError, TaskError) as failure:
+            error = beneath(failure)
             if self.compiled:
                 from torch._dynamo.exc import TorchDynamoException
 

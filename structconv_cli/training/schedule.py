@@ -3,9 +3,24 @@
 import math
 from dataclasses import dataclass
 
+from structconv_cli.errors import TrainingError
 from structconv_cli.training.recipe import Recipe
 
 _WARM_UP = 0.05
+
+
+def steps_per_epoch(batches: int, recipe: Recipe) -> int:
+    """How often weights change in an epoch of so many batches (in each process).
+
+    Raises:
+        TrainingError: never, for an epoch has fewer batches than a step adds up.
+    """
+    if batches < recipe.accumulate:
+        raise TrainingError(
+            f"--accumulate {recipe.accumulate} adds up more batches than an epoch has ({batches}): "
+            "the weights would never change. Give a lower --accumulate, or a smaller --batch-size."
+        )
+    return batches // recipe.accumulate
 
 
 @dataclass(frozen=True)

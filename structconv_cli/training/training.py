@@ -16,6 +16,7 @@ from structconv_cli.calibrate import reestimate_batch_norm
 from structconv_cli.errors import TrainingError
 from structconv_cli.json_file import from_json, to_json
 from structconv_cli.model.eval_mode import eval_mode
+from structconv_cli.model.frozen import frozen_modules
 from structconv_cli.progress import Observer
 from structconv_cli.rewrite import project_weights, residuals, structured_parameters
 from structconv_cli.structure import Structure
@@ -26,7 +27,7 @@ from structconv_cli.training.objective import Objective
 from structconv_cli.training.optimizer import optimizer_for
 from structconv_cli.training.recipe import Recipe
 from structconv_cli.training.record import EpochResult, StageResult
-from structconv_cli.training.schedule import Schedule
+from structconv_cli.training.schedule import Schedule, steps_per_epoch
 from structconv_cli.world import World, reached
 
 _EPOCH_SEEDS = 1_000_003
@@ -65,7 +66,7 @@ class Training:
         self.hardware, self.world, self.observer = hardware, world, observer
         self.judge_epochs = judge_epochs
         self.model = hardware.place(model)
-        self.schedule = Schedule(recipe, max(1, task.steps // recipe.accumulate))
+        self.schedule = Schedule(recipe, steps_per_epoch(task.steps, recipe))
         self.descent = Descent(structured_parameters(model, structures), self.schedule)
         self.epoch = self.step = 0
         self.seconds = 0.0
@@ -101,14 +102,14 @@ class Training:
 
     def evaluate(self) -> Evaluation:
         """The model as it is, on the validation part, in float32: so it will be served."""
-        hardware = self.hardware
-
-        def forward(batch: Batch) -> Any:
-            with torch.no_grad(), hardware.running("fp32"):
-                return self.task.forward(self.model, hardware.move(batch))
-
+        # Of the last step's batch, each process has taken other statistics.
+        self.world.same_tensors(self.model)
         with eval_mode(self.model):
-            return self.task.evaluate(forward)
+            return self.task.evaluate(self._judged)
+
+    def _judged(self, batch: Batch) -> Any:
+        with torch.no_grad(), self.hardware.running("fp32"):
+            return self.task.forward(self.model, self.hardware.move(batch))
 
     def project(self) -> None:
         """Bring every structured weight into its subspace, exactly."""
@@ -174,6 +175,7 @@ class Training:
             now = time.perf_counter()
             self.seconds, start = self.seconds + now - start, now
             self.observer.steps(self.epoch * whole + done + 1, self.recipe.epochs * whole)
+        self._require_sound(batch)
         self.epoch += 1
         if self.step == self.schedule.regularised and not self.crossed:
             self._leave_regularised()
@@ -189,16 +191,16 @@ class Training:
         loss = float(self.world.sum(torch.tensor(loss))) / self.world.size
         judged = self.judge_epochs and self.epoch < self.recipe.epochs
         found = self.evaluate() if judged else None
+        if found is not None:
+            self._require_finite(found.loss, f"on the validation part, after epoch {self.epoch}")
         self.epochs.append(EpochResult(self.epoch, self.phase, loss, self._max_residual(), found))
         score = f", {self.task.metric.text(found.score)}" if found else ""
         self.observer.note(f"epoch {self.epoch} of {self.recipe.epochs}, loss {loss:.4f}{score}")
 
     def _set_training(self) -> None:
         self._runner.train()
-        for module in self.model.modules():
-            own = list(module.parameters(recurse=False))
-            if own and not any(parameter.requires_grad for parameter in own):
-                module.eval()  # a frozen batch norm keeps its statistics
+        for module in frozen_modules(self.model):
+            module.training = False  # a batch norm keeps its statistics
 
     def _backward(self, batch: Batch, last: bool) -> float:
         batch = self.hardware.move(batch)
@@ -235,6 +237,14 @@ class Training:
         self.step += 1
         if self._average is not None and self.crossed:
             self._average.update_parameters(self.model)
+
+    def _require_sound(self, batch: Batch) -> None:
+        """Check what the last step made of the model, which no later loss of the epoch tells: only
+        a sound model is kept."""
+        with torch.no_grad(), eval_mode(self.model):
+            loss = float(self.task.loss(self._judged(batch), self.hardware.move(batch)))
+        when = f"behind the last step of epoch {self.epoch + 1}, in the {self.phase} phase"
+        self._require_finite(loss, when)
 
     def _require_finite(self, loss: float, when: str) -> None:
         if not math.isfinite(loss):
