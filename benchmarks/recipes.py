@@ -4,8 +4,9 @@
     python benchmarks/recipes.py table --work recipes
 
 ResNet-20 (or 56) on CIFAR-10 as JPEG files, every 3x3 convolution but the stem to n=2 (2.2 times
-fewer MACs), or a plan (--plan). `default` is what `structconv convert` does; in the others half of
-the loss follows the original, unless their names say otherwise (`RECIPES`). `dense` is the original
+fewer MACs), or a plan (--plan). `default` is what `structconv convert --augment crop,flip` does; in
+the others half of the loss follows the original, unless their names say otherwise (`RECIPES`).
+`half-crop` has the augmentation that `convert` has by default. `dense` is the original
 tuned as long by the default, without structure: what the epochs themselves bring; `dense-labels`
 adapts a network to new data. Results are kept in WORK, one file each, with the tuned weights beside
 it; `table` prints them in Markdown. A run that was stopped goes on from its last epoch when it is
@@ -48,17 +49,18 @@ from structconv_cli.training.recipe import OPTIMIZERS, Recipe
 from structconv_cli.training.record import FineTuneResult
 from structconv_cli.unfinished import Unfinished
 
+WHOLE = -1.0
+"""Stands for all epochs."""
+
 BASE = Recipe(1, 0.0, distillation=0.5, augment=("crop", "flip"))
 FOLLOWING = {"distillation": Classification.following}
 FITTED = {"aim": "least squares"}
 HALF = {"regularised": 0.1, **FITTED}
 PROXIMAL = {"regularised": 1 / 3, "residual": "proximal", "sr_lambda": 2.0}
+RISING = {"regularised": WHOLE, "residual": "free", "strength": "rising", "sr_lambda": 2.0}
 
 Row = tuple[str, int, str, int]
 """Network, training images, recipe, seed."""
-
-WHOLE = -1.0
-"""Stands for all epochs."""
 
 RECIPES: Mapping[str, dict[str, Any]] = {
     "default": {**HALF, **FOLLOWING},
@@ -74,6 +76,7 @@ RECIPES: Mapping[str, dict[str, Any]] = {
     "half-adamw": {**HALF, "optimizer": "adamw", **OPTIMIZERS["adamw"]},
     "half-wd1": {**HALF, "weight_decay": 1e-4},
     "half-plain": {**HALF, "augment": ()},
+    "half-crop": {**HALF, "augment": ("crop",)},
     "labels": {**HALF, "distillation": 0.0},
     "labels-hints": {**HALF, "hints": 1.0, "distillation": 0.0},
     "third": {"regularised": 1 / 3},
@@ -87,7 +90,8 @@ RECIPES: Mapping[str, dict[str, Any]] = {
     "fitted-labels": {**FITTED, "distillation": 0.0},
     "paper": {"regularised": WHOLE, "residual": "free", "distillation": 0.0},
     "free": {"regularised": WHOLE, "residual": "free"},
-    "rising": {"regularised": WHOLE, "residual": "free", "strength": "rising", "sr_lambda": 2.0},
+    "rising": RISING,
+    "rising-labels": {**RISING, "distillation": 0.0},
     "proximal": PROXIMAL,
     "proximal-labels": {**PROXIMAL, "distillation": 0.0},
 }
