@@ -330,7 +330,7 @@ class Steep(Classification):
 def test_a_state_that_the_last_step_of_an_epoch_destroyed_is_not_kept(tmp_path: Path) -> None:
     Steep.steps_taken = 0
     task = Steep(dataset(), 16, ("crop",))
-    with pytest.raises(TrainingError, match=r"last step of epoch 2.*--lr"):
+    with pytest.raises(TrainingError, match=r"behind step 20, in epoch 2.*--lr"):
         finetune(network(), STRUCTURES, task, RECIPE, keeper=unfinished(tmp_path), fit=fitted)
     state = torch.load(tmp_path / "training.pt", weights_only=True)
     assert state["epoch"] == 1

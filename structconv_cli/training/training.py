@@ -165,6 +165,7 @@ class Training:
         start = time.perf_counter()
         for done, batch in zip(range(whole), self.task.training(self.epoch), strict=False):
             if done % micro == 0 and self.step == self.schedule.regularised and not self.crossed:
+                self._require_sound(batch)
                 self._leave_regularised()
                 start = time.perf_counter()
             last = done % micro == micro - 1
@@ -239,12 +240,13 @@ class Training:
             self._average.update_parameters(self.model)
 
     def _require_sound(self, batch: Batch) -> None:
-        """Check what the last step made of the model, which no later loss of the epoch tells: only
-        a sound model is kept."""
+        """Check what the last step made of the model, before it is judged or kept: no later loss of
+        the epoch, or of its phase, tells."""
         with torch.no_grad(), eval_mode(self.model):
             loss = float(self.task.loss(self._judged(batch), self.hardware.move(batch)))
-        when = f"behind the last step of epoch {self.epoch + 1}, in the {self.phase} phase"
-        self._require_finite(loss, when)
+        self._require_finite(
+            loss, f"behind step {self.step}, in epoch {self.epoch + 1}, in the {self.phase} phase"
+        )
 
     def _require_finite(self, loss: float, when: str) -> None:
         if not math.isfinite(loss):
