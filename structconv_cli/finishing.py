@@ -36,6 +36,8 @@ from structconv_cli.training.record import FineTuneResult
 from structconv_cli.verify import VerifyResult, verify
 
 _MET = 1.005
+_LEARNED = 0.1
+"""Share of the way from chance to 100 % that a model which has learned something has gone."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +134,7 @@ def finish(
         seconds=time.perf_counter() - outset.started,
         notes=(
             *done.notes,
-            *_chance_warning(outset.task, done.tuning),
+            *chance_warning(outset.task, done.tuning),
             *target_notes(outset.targets, before, after),
             *(done.reconstruction.notes if done.reconstruction else ()),
         ),
@@ -202,12 +204,17 @@ def target_notes(targets: Targets, before: Cost, after: Cost) -> list[str]:
     ]
 
 
-def _chance_warning(task: Task | None, tuning: FineTuneResult) -> list[str]:
+def chance_warning(task: Task | None, tuning: FineTuneResult) -> list[str]:
     """A warning where the original's accuracy is near chance."""
     if not isinstance(task, Classification):
         return []
-    original, classes = tuning.stages[0].evaluation.score, len(task.data.classes)
-    if original >= 200 / classes:
+    labels = task.data.val.labels
+    assert labels is not None
+    original = tuning.stages[0].evaluation.score
+    # Labels that are mere numbers have no names.
+    classes = len(task.data.classes) or len(set(labels.tolist()))
+    chance = 100 / classes
+    if original >= min(2 * chance, chance + _LEARNED * (100 - chance)):
         return []
     return [
         f"The original model is right on only {original:.1f} % of the validation images, near "

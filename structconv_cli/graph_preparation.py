@@ -18,6 +18,7 @@ from structconv_cli.graph_module import ScoresModule
 from structconv_cli.model.inventory import Inventory
 from structconv_cli.model.signature import sized
 from structconv_cli.model_graph import image_channels
+from structconv_cli.onnx.constant_weights import make_weights_constant
 from structconv_cli.onnx.example_inputs import Shapes, example_inputs
 from structconv_cli.onnx.file import load_onnx
 from structconv_cli.onnx.graph import Graph
@@ -115,7 +116,7 @@ def prepare_graph(request: OnnxRequest, observer: Observer) -> PreparedGraph:
     """
     with observer.stage("model"):
         graph = load_onnx(request.model)
-        notes = list(check_lowerable(graph))
+        notes = [*make_weights_constant(graph), *check_lowerable(graph)]
     spec = data = task = samples = None
     if request.data is None:
         rows = images_per_run(graph) or REAL_EXAMPLES

@@ -14,6 +14,7 @@ from structconv_cli.model.input_guess import guess_input
 from structconv_cli.model.inventory import first_channels
 from structconv_cli.model.opening import Opened, open_model
 from structconv_cli.model.signature import input_names
+from structconv_cli.onnx.constant_weights import make_weights_constant
 from structconv_cli.onnx.example_inputs import Shapes
 from structconv_cli.onnx.export import export_onnx
 from structconv_cli.onnx.file import load_onnx
@@ -141,7 +142,7 @@ def open_source(
     """
     if is_onnx(path):
         model = load_onnx(path)
-        return ModelSource(model, check_lowerable(model))
+        return ModelSource(model, (*make_weights_constant(model), *check_lowerable(model)))
     opened = open_model(path, architecture, observer, trust_pickle=trust_pickle)
     return ModelSource(opened, opened.notes)
 

@@ -49,6 +49,11 @@ def test_evaluation_by_hand() -> None:
     assert found.others == {}
 
 
+def test_a_single_score_is_told() -> None:
+    with pytest.raises(TaskError, match=r"one score per image.*--task"):
+        task_of(logits_of([[2.0], [1.0]]), torch.tensor([0, 1]), 2).check(nn.Flatten())
+
+
 @pytest.mark.parametrize("named", [True, False])
 def test_top_five_by_hand(named: bool) -> None:
     scores = torch.arange(11.0).repeat(600, 1)  # more than a batch

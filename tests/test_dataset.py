@@ -139,7 +139,7 @@ def test_digits_do_not_fit_everything():
 # --- folders
 
 
-@pytest.mark.parametrize("val", ["val", "valid", "test"])
+@pytest.mark.parametrize("val", ["val", "valid", "validation", "test"])
 def test_folder_with_parts(tmp_path: Path, val: str):
     seen: list[tuple[int, int]] = []
     data = load_dataset(
@@ -191,6 +191,32 @@ def test_a_class_may_be_called_train(tmp_path: Path):
     write_folder(tmp_path, {"train": 2, "plane": 2})
     data = load_dataset(DataSpec(str(tmp_path), val_split=0.5), channels=3)
     assert data.classes == ("plane", "train")
+
+
+def test_parts_without_one_to_train_on_are_no_classes(tmp_path: Path):
+    write_folder(tmp_path / "val", {"a": 4, "b": 4})
+    write_folder(tmp_path / "test", {"a": 4, "b": 4})
+    message = message_of(DataSpec(str(tmp_path), val_split=0.5))
+    assert "test/, val/ and no class folders" in message
+    assert "train/ and val/" in message
+
+
+def test_links_are_followed_once(tmp_path: Path):
+    write_folder(tmp_path / "elsewhere", {"more": 3})
+    write_folder(tmp_path / "data", {"a": 2, "b": 2})
+    (tmp_path / "data/a/more").symlink_to(tmp_path / "elsewhere/more")
+    (tmp_path / "elsewhere/more/round").symlink_to(tmp_path / "data/a")
+    data = load_dataset(DataSpec(str(tmp_path / "data"), val_split=0.5), channels=3)
+    labels = torch.cat([data.train.labels, data.val.labels])
+    assert torch.bincount(labels).tolist() == [5, 2]
+
+
+def test_one_class_will_do_where_labels_are_not_needed(tmp_path: Path):
+    x = np.zeros((8, 3, 4, 4), np.uint8)
+    file = write_npz(tmp_path / "x.npz", x=x, y=np.zeros(8, int))
+    spec = DataSpec(str(file), val_split=0.5)
+    assert "one class only ('0')" in message_of(spec)
+    assert len(load_dataset(spec, channels=3, need_labels=False).train) == 4
 
 
 def test_hidden_foreign_and_nested_files(tmp_path: Path):

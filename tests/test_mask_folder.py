@@ -1,3 +1,4 @@
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,6 +53,41 @@ def test_images_and_masks_are_paired(tmp_path: Path, masks: str, mode: str):
     assert found[:, :, 6:].unique().tolist() == [255]
 
 
+@pytest.mark.parametrize(("train", "val"), [("train", "val"), ("training", "validation")])
+def test_parts_may_lie_inside_images_and_masks(tmp_path: Path, train: str, val: str):
+    for part, count in ((train, 5), (val, 2)):
+        write_pairs(tmp_path / part, count)
+        for kind in ("images", "masks"):
+            (tmp_path / kind).mkdir(exist_ok=True)
+            (tmp_path / part / kind).rename(tmp_path / kind / part)
+        (tmp_path / part).rmdir()
+    data = load_dataset(DataSpec(str(tmp_path)), channels=3)
+    assert (len(data.train), len(data.val)) == (5, 2)
+    assert "leave it out" in message_of(tmp_path, val_split=0.5)
+    shutil.rmtree(tmp_path / "masks" / val)
+    assert f"masks/{val}" in message_of(tmp_path)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_what_cannot_be_read_does_not_decide_where_others_go(
+    in_memory: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """An image whose header is sound is left out if it is held in memory, and else found late."""
+    monkeypatch.setattr("structconv_cli.data.reading.fits_memory", lambda need: in_memory)
+    write_pairs(tmp_path, 120)
+    spec, torn = DataSpec(str(tmp_path), val_split=0.2), tmp_path / "images/0.jpg"
+    noise = np.random.default_rng(0).integers(0, 255, (8, 12, 3), np.uint8)
+    Image.fromarray(noise).save(torn)
+    whole = load_dataset(spec, channels=3)
+    torn.write_bytes(torn.read_bytes()[:-20])
+    data = load_dataset(spec, channels=3)
+    assert len(data.train) + len(data.val) == (119 if in_memory else 120)
+    for part, other in ((data.train, whole.train), (data.val, whole.val)):
+        kept = other.part(torch.arange(len(other) - len(part), len(other)))
+        last = torch.arange(1, len(part))
+        assert torch.equal(part.fetch(last)[0], kept.fetch(last)[0])
+
+
 def test_without_parts_a_fraction_is_split_off(tmp_path: Path):
     write_pairs(tmp_path, 10)
     data = load_dataset(DataSpec(str(tmp_path), val_split=0.2), channels=3)
@@ -72,6 +108,7 @@ def test_masks_are_scaled_by_the_nearest_label(tmp_path: Path):
 def test_sixteen_bits_are_kept(tmp_path: Path):
     write_pairs(tmp_path, 4)
     deep = np.full((8, 12), 999, np.uint16)
+    deep[:, 6:] = 998
     for index in range(4):
         Image.fromarray(deep).save(tmp_path / "masks" / f"{index}.png")
     data = load_dataset(DataSpec(str(tmp_path), val_split=0.3), channels=3)
@@ -91,6 +128,11 @@ def add_color(root: Path) -> None:
     Image.new("RGB", (12, 8)).save(root / "masks" / "1.png")
 
 
+def add_jpeg(root: Path) -> None:
+    (root / "masks" / "1.png").unlink()
+    Image.new("L", (12, 8)).save(root / "masks" / "1.jpg")
+
+
 def add_size(root: Path) -> None:
     Image.new("L", (12, 9)).save(root / "masks" / "1.png")
 
@@ -101,6 +143,7 @@ def add_size(root: Path) -> None:
         (lambda root: (root / "masks" / "2.png").unlink(), ["1 of 4", "images/2.jpg", "masks"]),
         (lambda root: (root / "images" / "3.jpg").unlink(), ["masks/3.png", "images"]),
         (add_color, ["masks/1.png", "colours", "class indices"]),
+        (add_jpeg, ["masks/1.jpg", "JPEG", "save masks as PNG"]),
         (add_size, ["masks/1.png is 12x9", "images/1.jpg is 12x8"]),
         (
             lambda root: Image.new("L", (3, 3)).save(root / "masks" / "1.tif"),
@@ -125,6 +168,28 @@ def test_a_part_without_masks(tmp_path: Path):
     write_pairs(tmp_path / "train")
     (tmp_path / "val" / "images").mkdir(parents=True)
     assert "no images/ beside masks/" in message_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "told"),
+    [
+        ((0, 255), np.uint8, "hold the class 0 alone, and the ignored label 255"),
+        ((255, 255), np.uint8, "hold nothing else, and the ignored label 255"),
+        ((-1, 1), np.int32, "smallest label in the data is -1"),
+    ],
+)
+def test_masks_that_cannot_be_learned_from(
+    values: tuple[int, int], kind: type[np.generic], told: str, tmp_path: Path
+):
+    write_pairs(tmp_path)
+    for index in range(4):
+        labels = np.full((8, 12), values[0], kind)
+        labels[:, 6:] = values[1]
+        (tmp_path / "masks" / f"{index}.png").unlink()
+        Image.fromarray(labels).save(tmp_path / "masks" / f"{index}.tif")
+    data = load_dataset(DataSpec(str(tmp_path), val_split=0.3), channels=3)
+    with pytest.raises(DataError, match=told):
+        check_labels(data, 2)
 
 
 def test_damaged_masks_are_left_out_with_their_images(tmp_path: Path):

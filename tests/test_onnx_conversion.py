@@ -312,6 +312,61 @@ def test_a_graph_that_cannot_be_converted_is_refused(
     assert not (tmp_path / "run").exists()
 
 
+def with_inputs_for_weights(model: onnx.ModelProto) -> None:
+    for tensor in model.graph.initializer:
+        kind = helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+        model.graph.input.append(kind)
+
+
+def of_an_old_version(model: onnx.ModelProto) -> None:
+    with_inputs_for_weights(model)
+    model.ir_version = 3
+    for entry in model.opset_import:
+        entry.version = min(entry.version, 9)
+
+
+def with_constant_nodes(model: onnx.ModelProto) -> None:
+    weights = [tensor for tensor in model.graph.initializer if len(tensor.dims) == 4]
+    for index, tensor in enumerate(weights):
+        node = helper.make_node("Constant", [], [tensor.name], value=tensor)
+        model.graph.node.insert(index, node)
+        model.graph.initializer.remove(tensor)
+
+
+@pytest.mark.parametrize(
+    ("change", "noted"),
+    [(with_inputs_for_weights, True), (of_an_old_version, False), (with_constant_nodes, False)],
+)
+def test_weights_however_they_are_held_are_structured(
+    tmp_path: Path, change: Callable[[onnx.ModelProto], None], noted: bool
+) -> None:
+    model = load_onnx(with_matmul_head(tmp_path / "plain.onnx"))
+    expected = convert(tmp_path, tmp_path / "expected", model="plain.onnx")
+    change(model)
+    onnx.checker.check_model(model)
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    found = convert(tmp_path, tmp_path / "run", model="m.onnx")
+    assert found["layers"] == expected["layers"]
+    assert noted == any("as inputs too" in note for note in found["notes"])  # type: ignore[attr-defined]
+
+
+def test_labels_that_do_not_fit_the_outputs_are_set_aside(place: Path, tmp_path: Path) -> None:
+    """Class folders, for a model of one score and for one that gives maps; with a target too."""
+    for index, path in enumerate(sorted((place / "images").iterdir())):
+        folder = tmp_path / "data" / str(index % 2)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / path.name).write_bytes(path.read_bytes())
+    torch.manual_seed(0)
+    body = [nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)]
+    score = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 1)]
+    for name, layers in {"score": [*body, *score], "maps": body}.items():
+        exported(tmp_path / f"{name}.onnx", nn.Sequential(*layers), torch.randn(2, 1, SIZE, SIZE))
+        out, words = tmp_path / name, ("--data", tmp_path / "data", "--target-macs", 0.7)
+        found = convert(tmp_path, out, *words, model=f"{name}.onnx")
+        assert found["finetune"]["stages"] == []  # type: ignore[index]
+        assert any("accuracy is unmeasured" in note for note in found["notes"])  # type: ignore[attr-defined]
+
+
 def test_damaged_files_and_wrong_data_are_refused(place: Path, tmp_path: Path) -> None:
     (tmp_path / "cut.onnx").write_bytes((place / "tiny.onnx").read_bytes()[:2000])
     out = ("--out", tmp_path / "run")

@@ -630,11 +630,17 @@ def test_a_plan_that_does_not_fit(
     assert_refused(convert(place, tmp_path / "run", f"--plan={mine}"), tmp_path, *told)
 
 
+def test_images_without_labels_or_a_validation_part_will_do(place: Place, tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", x=stripes(40, seed=1)[0])
+    words = (f"--data={tmp_path}/x.npz", "--mean=0.5", "--std=0.25", "--target-macs=0.7")
+    done(plan(place, tmp_path / "p.json", *words))
+    assert prediction_of(tmp_path / "p.json").loss > 0
+
+
 def bad_arrays() -> Iterator[tuple[str, dict[str, np.ndarray], list[str]]]:
     x, y = stripes(24, seed=1)
     yield "size", {"x": x[:, :8, :8], "y": y}, ["1 x 8 x 8", "1 x 12 x 12"]
     yield "channels", {"x": np.repeat(x[:, None], 3, 1), "y": y}, ["1 channel", "3"]
-    yield "no y", {"x": x}, ["y"]
     yield "other names", {"images": x, "labels": y}, ["images"]
     yield "lengths", {"x": x, "y": y[:-1]}, ["24", "23"]
     yield "one image", {"x": x[:1], "y": y[:1]}, []

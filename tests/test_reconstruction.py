@@ -460,6 +460,50 @@ def test_where_memory_is_short_fewer_images_do(
     assert fewer < 0.8 * most
 
 
+@pytest.mark.parametrize("dual", [False, True])
+def test_what_reads_nothing_that_varies_is_projected(
+    dual: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A group that is dead on the samples keeps a filter: other images may wake it."""
+    if dual:
+        monkeypatch.setattr(asymmetric, "MOST_NUMBERS", 1)
+        monkeypatch.setattr(asymmetric, "_MOST_DUAL", 64)
+    weight = torch.randn(4, 1, 3, 3, generator=torch.Generator().manual_seed(0))
+    structure = Structure((1, 3, 3), (1, 2, 2))
+    layer = asymmetric.asymmetric_layer(weight, 4, structure)
+    patches = torch.randn(4, 64, 9, generator=torch.Generator().manual_seed(1)).cumsum(2)
+    patches[2] = 0.3
+    layer.add(patches, patches.double() @ layer.rows.transpose(1, 2))
+    found = layer.fit("depthwise")
+    nearest = structure.project(weight.double())
+    torch.testing.assert_close(found.weight[2], nearest[2], rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(found.weight[1], nearest[1], rtol=1e-3)
+
+
+class Broadcast(nn.Module):
+    """A map of one channel, added to one of eight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.one = nn.Conv2d(8, 1, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = functional.relu(self.stem(x))
+        return functional.relu(self.one(x) + x)
+
+
+def test_a_sum_over_channels_of_one_is_no_target() -> None:
+    model = parameters(Broadcast())
+    graph = export_onnx(model, torch.zeros(2, 3, 10, 10))
+    samples = Samples({"input": images((40, 3, 10, 10))})
+    structures = {"stem": BLOCK["stem"], "one": Structure((8, 3, 3), (8, 2, 2))}
+    found = reconstruct(graph, structures, samples)
+    assert {layer.name for layer in found.record.layers} == {"stem", "one"}
+    for name, structure in structures.items():
+        assert structure.residual(found.weights[name].weight) <= ROUNDING
+
+
 def test_layers_that_are_not_there_are_told(
     block: tuple[nn.Module, onnx.ModelProto, Samples],
 ) -> None:

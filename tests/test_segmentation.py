@@ -179,6 +179,20 @@ def test_masks_that_are_ignored_altogether_are_told() -> None:
         task.evaluate(lambda batch: task.forward(model(), batch))
 
 
+def test_a_single_score_for_each_pixel_is_told() -> None:
+    with pytest.raises(TaskError, match=r"one score per pixel.*--task"):
+        Segmentation(dataset()).check(nn.Conv2d(3, 1, 1))
+
+
+def test_large_images_are_judged_few_at_a_time() -> None:
+    def batch(size: int) -> int:
+        images = torch.zeros(1, 3, size, size, dtype=torch.uint8).expand(400, -1, -1, -1)
+        split = Split(images, torch.zeros(400, dtype=torch.int64))
+        return Classification(Dataset(split, split, (), (0.0,) * 3, (1.0,) * 3)).at_once
+
+    assert [batch(size) for size in (32, 224, 448, 4096)] == [256, 256, 64, 2]
+
+
 def test_data_says_the_task_and_the_model_must_fit_it() -> None:
     recipe = Recipe(epochs=1, regularised=1)
     classifier = nn.Sequential(nn.Conv2d(3, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())

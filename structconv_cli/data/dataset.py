@@ -126,7 +126,7 @@ def load_dataset(
             f"The data {spec.source} cannot be read: {error.strerror or error}. Check that it and "
             "all that is in it may be read."
         ) from error
-    _check_parts(spec, parts)
+    _check_parts(spec, parts, need_labels)
     return Dataset(
         train=parts.train,
         val=parts.val,
@@ -145,40 +145,51 @@ def check_labels(dataset: Dataset, num_outputs: int) -> None:
     Masks that are not held in memory are read for it, once.
 
     Raises:
-        DataError: a label is too large.
+        DataError: a label is too large or negative, or masks hold a single class.
     """
-    parts = (dataset.train, dataset.val)
-    largest = max(_largest_label(part, dataset.ignore_label) for part in parts)
+    ranges = [_label_range(part, dataset.ignore_label) for part in (dataset.train, dataset.val)]
+    smallest, largest = min(low for low, _ in ranges), max(high for _, high in ranges)
+    masks, ignored = dataset.train.labels is None, dataset.ignore_label
+    if smallest < 0 and largest >= 0:
+        raise DataError(
+            f"The smallest label in the data is {smallest}: labels are class indices counted from "
+            f"0{f', or the ignored label {ignored} (--ignore-label)' if masks else ''}."
+        )
     if largest >= num_outputs:
         known = largest < len(dataset.classes)
         name = f" (class {dataset.classes[largest]!r} of {len(dataset.classes)})" if known else ""
-        remedy = (
-            ", or give --ignore-label if that marks pixels without a class"
-            if dataset.train.labels is None
-            else ""
-        )
+        remedy = ", or give --ignore-label if that marks pixels without a class" if masks else ""
         raise DataError(
             f"The data's largest label is {largest}{name}, but the model has {num_outputs} "
             f"outputs, for labels 0 to {num_outputs - 1}: use the data that the model was trained "
             f"for, or a model with at least {largest + 1} outputs{remedy}."
         )
+    if masks and dataset.train.targets is not None and smallest >= largest:
+        found = f"the class {largest} alone" if largest >= 0 else "nothing else"
+        raise DataError(
+            f"The masks hold {found}, and the ignored label {ignored}: there is nothing to tell "
+            "apart. A mask's values are class indices counted from 0: save a foreground of "
+            f"{ignored} as 1, or give another --ignore-label."
+        )
 
 
-def _largest_label(split: Split, ignore_label: int) -> int:
-    """The largest label that is not ignored; -1 for unlabelled images."""
+def _label_range(split: Split, ignore_label: int) -> tuple[int, int]:
+    """The smallest and the largest label that is not ignored; a huge one and -1 for none."""
     targets = split.targets
+    nothing = (torch.iinfo(torch.int64).max, -1)
     if targets is None:
-        return -1
+        return nothing
 
-    def largest(indices: Tensor) -> int:
+    def limits(indices: Tensor) -> tuple[int, int]:
         found = targets[indices]
         if split.labels is None:
-            found = torch.where(found == ignore_label, 0, found)
-        return int(found.max())
+            found = found[found != ignore_label]
+        return (int(found.min()), int(found.max())) if found.numel() else nothing
 
     parts = torch.split(torch.arange(len(split)), _SCANNED)
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        return max(pool.map(largest, parts), default=-1)
+        lows, highs = zip(*pool.map(limits, parts), strict=True)
+    return min(lows), max(highs)
 
 
 def _read(
@@ -204,7 +215,7 @@ def _read(
     )
 
 
-def _check_parts(spec: DataSpec, parts: Parts) -> None:
+def _check_parts(spec: DataSpec, parts: Parts, need_labels: bool) -> None:
     train, val = parts.train, parts.val
     if not len(train) or not len(val):
         part = "validation" if len(train) else "training"
@@ -215,8 +226,10 @@ def _check_parts(spec: DataSpec, parts: Parts) -> None:
     if train.labels is None:
         return
     present = torch.unique(train.labels)
-    if len(present) < 2:
+    if len(present) < 2 and need_labels:
+        label = int(present[0])
+        name = parts.classes[label] if label < len(parts.classes) else str(label)
         raise DataError(
-            f"The data {spec.source} has training examples of one class only "
-            f"({parts.classes[int(present[0])]!r}): a classifier needs at least two."
+            f"The data {spec.source} has training examples of one class only ({name!r}): a "
+            "classifier needs at least two."
         )

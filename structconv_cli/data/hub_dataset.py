@@ -74,6 +74,11 @@ def load_hub(
     columns = _find_columns(what, train.features, need_labels)
     names = _class_names(train.features, columns)
     if found is not None:
+        if lacking := [x for x in vars(columns).values() if x and x not in parts[found].features]:
+            raise DataError(
+                f"The part {found} of the dataset {what} lacks the column {lacking[0]!r} that "
+                "train has: give both the same."
+            )
         refuse_val_split(spec, found)
         first, second = (
             _read(part, f"{name} of {what}", columns, spec, channels, progress)
@@ -87,7 +92,11 @@ def load_hub(
         return Parts(first.split, second.split, names, first.notes + second.notes)
     fraction = require_val_split(spec, f"{', '.join(parts)} alone")
     reading = _read(train, f"train of {what}", columns, spec, channels, progress)
-    return Parts(*split_off(reading.split, fraction, spec.seed), names, reading.notes)
+    strata = (
+        _labels(train, columns.label, what) if columns.label else np.zeros(len(train), np.int64)
+    )
+    split = split_off(reading.split, fraction, spec.seed, reading.kept, strata)
+    return Parts(*split, names, reading.notes)
 
 
 def _load(what: str) -> Mapping[str, Any]:

@@ -20,9 +20,12 @@ from structconv_cli.data.split import (
 )
 from structconv_cli.errors import DataError
 
-VAL_FOLDERS = ("val", "valid", "test")
+VAL_FOLDERS = ("val", "valid", "validation", "test")
 _SUFFIXES = frozenset(
-    {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+    {
+        *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff"),
+        *(".ppm", ".pgm", ".pbm", ".pnm"),
+    }
 )
 
 
@@ -40,9 +43,9 @@ def load_folder(
 ) -> Parts:
     """Read images, and their sub-folders' names as the classes.
 
-    The classes lie in `root`, or in `root`/train with the validation part beside it in val, valid
-    or test. A few unreadable images are left out and noted. Where no labels are needed, images may
-    also lie in these folders themselves.
+    The classes lie in `root`, or in `root`/train with the validation part beside it in val, valid,
+    validation or test. A few unreadable images are left out and noted. Where no labels are needed,
+    images may also lie in these folders themselves.
 
     Args:
         spec: what was asked for.
@@ -98,9 +101,14 @@ def _find_files(spec: DataSpec, root: Path, flat: bool) -> tuple[_Files, _Files,
             _list_images(val_root, classes, True),
             () if flat else classes,
         )
-    fraction = require_val_split(
-        spec, "train/ alone" if has_parts else "no train/ beside val/, valid/ or test/"
-    )
+    here = [] if has_parts else subfolders(root)
+    if here and set(here) <= {*VAL_FOLDERS, "train"}:
+        raise DataError(
+            f"The folder {root} has {', '.join(f'{name}/' for name in here)} and no class folders: "
+            "it must hold train/ and val/ with a sub-folder of images for each class, or these "
+            "sub-folders themselves."
+        )
+    fraction = require_val_split(spec, "train/ alone" if has_parts else "no train/ beside val/")
     class_root = train_root if has_parts else root
     classes = ("",) if flat else _class_names(class_root)
     everything = _list_images(class_root, classes)
@@ -136,7 +144,8 @@ def _list_images(folder: Path, classes: Sequence[str], may_lack: bool = False) -
     paths: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        found = image_files(folder / name)
+        lacking = may_lack and not (folder / name).is_dir()
+        found = [] if lacking else image_files(folder / name)
         if not found and not may_lack:
             raise DataError(
                 f"The class folder {folder / name} holds no images (of the kinds "
@@ -148,12 +157,27 @@ def _list_images(folder: Path, classes: Sequence[str], may_lack: bool = False) -
 
 
 def image_files(folder: Path) -> list[Path]:
-    """List the images in a folder, recursively and sorted; hidden ones are left out."""
-    return sorted(
-        Path(parent) / file
-        for parent, _, files in os.walk(folder)
-        for file in files
-        if not file.startswith(".")
-        and Path(file).suffix.lower() in _SUFFIXES
-        and not any(part.startswith(".") for part in Path(parent).relative_to(folder).parts)
-    )
+    """List the images in a folder, recursively and sorted; hidden ones are left out.
+
+    Links to folders are followed, each folder once.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    found, seen = list[Path](), set[str]()
+    for parent, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
+        if (real := os.path.realpath(parent)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [
+            Path(parent, file)
+            for file in files
+            if not file.startswith(".") and Path(file).suffix.lower() in _SUFFIXES
+        ]
+    return sorted(found)
+
+
+def _raise(error: OSError) -> None:
+    raise error

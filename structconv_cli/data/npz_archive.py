@@ -1,6 +1,6 @@
 """Images, and labels or masks, from a NumPy `.npz` archive."""
 
-from collections.abc import Mapping
+from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ from structconv_cli.quoting import told
 from structconv_cli.zip_archive import ArchiveError, ZipArchive
 
 _MOST_CLASSES = 100_000
+_COPIES = 2
+"""Images are held twice while they are brought to one layout, and while a part is split off."""
+_REMEDY = "use a smaller archive, or a folder of images, which may be larger than the memory"
 
 
 def load_npz(spec: DataSpec, path: Path, channels: int, need_labels: bool = True) -> Parts:
@@ -101,16 +104,21 @@ def read_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
             f"The data {path} is a zip archive of other files than arrays: unpack it and give the "
             "folder, or give a file written by numpy.savez."
         )
-    require_memory(sum(sizes.values()), str(path), "use a smaller archive")
+    require_memory(_COPIES * sum(sizes.values()), str(path), _REMEDY)
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return dict(arrays)
+            found = dict(arrays)
     except Exception as error:
         # NumPy's header parser and the decompressor raise many kinds on damaged bytes.
         raise DataError(
             f"The archive {path} cannot be read ({told(error)}): it must hold "
             "plain arrays of numbers, without Python objects; save it again with numpy.savez."
         ) from error
+    # Half-precision floats are widened, and the copies are then twice as large.
+    require_memory(
+        sum(_COPIES * x.nbytes for x in found.values() if x.dtype == np.float16), str(path), _REMEDY
+    )
+    return found
 
 
 def resize(images: Tensor, size: int) -> Tensor:
@@ -143,16 +151,22 @@ def _central_square(images: Tensor) -> Tensor:
 
 
 def _make_split(
-    path: Path, arrays: Mapping[str, npt.NDArray[Any]], part: str, spec: DataSpec, channels: int
+    path: Path,
+    arrays: MutableMapping[str, npt.NDArray[Any]],
+    part: str,
+    spec: DataSpec,
+    channels: int,
 ) -> Split:
-    x, y = arrays["x" + part], arrays.get("y" + part)
+    x, y = arrays.pop("x" + part), arrays.pop("y" + part, None)
     if y is not None:
         _check_targets(path, part, x, y)
     images = torch.from_numpy(_arrange(path, "x" + part, x, channels))
-    if images.is_floating_point() and not images.isfinite().all():
-        bad = int((~images.isfinite()).flatten(1).any(1).sum())
+    count = len(x)
+    del x  # it may be as large as the images, and in a second layout
+    blocks = torch.split(images, 1024) if images.is_floating_point() else ()
+    if bad := sum(int((~block.isfinite()).flatten(1).any(1).sum()) for block in blocks):
         raise DataError(
-            f"x{part} in {path} has NaN or infinity in {bad} of {len(x)} images: remove them."
+            f"x{part} in {path} has NaN or infinity in {bad} of {count} images: remove them."
         )
     targets = None
     if y is not None and y.ndim == 1:

@@ -137,7 +137,7 @@ def check_kind(image: Image.Image, name: str, *, mask: bool) -> None:
     """Check, by its header, that an image can be used.
 
     Raises:
-        DataError: it has more than 8 bits per value, or is a mask of colours.
+        DataError: it has more than 8 bits per value, or is a mask of colours or in a JPEG file.
         DamagedImageError: it has more pixels than any sound image.
     """
     limit = Image.MAX_IMAGE_PIXELS
@@ -147,6 +147,11 @@ def check_kind(image: Image.Image, name: str, *, mask: bool) -> None:
         raise DataError(
             f"The mask {name} has colours (Pillow's mode {image.mode}), and colours are no class "
             "indices: save masks as grey or palette images whose values are the classes."
+        )
+    if mask and image.format == "JPEG":
+        raise DataError(
+            f"The mask {name} is a JPEG file, whose compression changes values, and so classes: "
+            "save masks as PNG, from the labels themselves."
         )
     if not mask and image.mode.startswith(("I", "F")):
         raise DataError(

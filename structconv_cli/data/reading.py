@@ -29,6 +29,7 @@ T = TypeVar("T")
 
 _UNREADABLE_SHARE = 0.01
 _DEEP_MODES = "I"
+_AHEAD = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,10 +182,13 @@ def _scan(
 def _in_threads(work: Callable[[int], T], count: int, progress: Progress | None) -> Iterator[T]:
     pool = ThreadPoolExecutor(max_workers=min(8, max(2, os.cpu_count() or 2)))
     try:
-        for index, result in enumerate(pool.map(work, range(count))):
-            yield result
-            if progress is not None:
-                progress(index + 1, count)
+        # Not all at once: what waits takes some kilobytes each, of a million images gigabytes.
+        for start in range(0, count, _AHEAD):
+            rows = range(start, min(count, start + _AHEAD))
+            for index, result in zip(rows, pool.map(work, rows), strict=True):
+                yield result
+                if progress is not None:
+                    progress(index + 1, count)
     finally:
         pool.shutdown(cancel_futures=True)
 

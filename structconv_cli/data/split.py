@@ -154,17 +154,29 @@ def split_stratified(
     return np.flatnonzero(~chosen), np.flatnonzero(chosen)
 
 
-def split_off(everything: Split, fraction: float, seed: int) -> tuple[Split, Split]:
+def split_off(
+    everything: Split,
+    fraction: float,
+    seed: int,
+    kept: npt.NDArray[np.intp] | None = None,
+    strata: npt.NDArray[np.int64] | None = None,
+) -> tuple[Split, Split]:
     """Split examples into a training and a validation part, by class where they have labels.
 
     Args:
-        everything: the examples.
+        everything: the examples that could be read.
         fraction: of the examples, that goes to validation.
         seed: of the choice.
+        kept: indices (N,) of these among all that there are, ascending; None for all. Which
+            examples could be read, or were not tried, must not decide where the others go.
+        strata: the class of each of all that there are; None for the labels of `everything`.
     """
-    labels = everything.labels
-    strata = np.zeros(len(everything), np.int64) if labels is None else labels.numpy()
+    if strata is None:
+        labels = everything.labels
+        strata = np.zeros(len(everything), np.int64) if labels is None else labels.numpy()
     train, val = split_stratified(strata, fraction, seed)
+    if kept is not None:
+        train, val = (np.flatnonzero(np.isin(kept, part)) for part in (train, val))
     return everything.part(torch.from_numpy(train)), everything.part(torch.from_numpy(val))
 
 

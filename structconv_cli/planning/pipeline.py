@@ -2,12 +2,14 @@
 
 import os
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from pathlib import Path
 
 import onnx
 
-from structconv_cli.data.dataset import load_dataset
+from structconv_cli.data.dataset import Dataset, load_dataset
+from structconv_cli.data.hold_out import load_or_hold_out
 from structconv_cli.data.spec import DataSpec
 from structconv_cli.errors import PlanError
 from structconv_cli.json_file import write_json
@@ -28,8 +30,8 @@ from structconv_cli.report.curve import draw_curve
 from structconv_cli.tasks.choice import image_task
 from structconv_cli.tasks.task import Task
 
-_MOST_NUMBERS, _LEAST_SAMPLES = 2**25, 16
-"""Of all samples' outputs, which are held in memory, and of samples all the same."""
+_MOST_NUMBERS, _MOST_INPUTS, _LEAST_SAMPLES = 2**25, 2**28, 16
+"""Of all samples' outputs and inputs, which are held in memory, and of samples all the same."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def plan_model(
     data = None
     if request.data is not None:
         with observer.stage("data"):
-            data = load_dataset(request.data, channels=source.channels, progress=observer.steps)
+            _, data, _ = load_or_hold_out(request.data, partial(_load, source.channels, observer))
     with observer.stage("export"):
         shapes = dict(request.shapes)
         if data is not None and source.takes_images_alone:
@@ -127,6 +129,10 @@ def plan_model(
     return proposal, notes
 
 
+def _load(channels: int, observer: Observer, spec: DataSpec) -> Dataset:
+    return load_dataset(spec, channels=channels, progress=observer.steps, need_labels=False)
+
+
 def write_proposal(proposal: Proposal, files: PlanFiles) -> None:
     """Write a plan, its prediction, and the picture; the plan last."""
     files.plan.parent.mkdir(parents=True, exist_ok=True)
@@ -136,15 +142,21 @@ def write_proposal(proposal: Proposal, files: PlanFiles) -> None:
 
 
 def training_samples(task: Task, graph: onnx.ModelProto, count: int) -> Samples:
-    """Some training examples as a graph's inputs; fewer where its outputs would fill the memory.
+    """Some training examples as a graph's inputs; fewer where these or outputs would fill memory.
 
-    Labels only where each example has one: other losses are predicted from the outputs alone.
+    Labels only where each example has one, and the graph's first output a score for each of several
+    classes: other losses are predicted from the outputs alone.
     """
     view = Graph(graph)
     numbers = sum(prod(size or 1 for size in (view.shape(x) or ())[1:]) for x in view.outputs)
-    inputs, labels = task.samples(min(count, max(_LEAST_SAMPLES, _MOST_NUMBERS // numbers)))
+    example = sum(prod(tensor.shape[1:]) for tensor in task.examples(1))
+    most = min(_MOST_NUMBERS // numbers, _MOST_INPUTS // example)
+    inputs, labels = task.samples(min(count, max(_LEAST_SAMPLES, most)))
     arrays = {name: tensor.numpy() for name, tensor in zip(view.inputs, inputs, strict=True)}
-    return Samples(arrays, None if labels is None else labels.numpy())
+    shape = view.shape(view.outputs[0])
+    if labels is None or (shape is not None and (len(shape) != 2 or shape[1] == 1)):
+        return Samples(arrays)
+    return Samples(arrays, labels.numpy())
 
 
 def check_plan_destination(files: PlanFiles, *, force: bool) -> None:

@@ -168,12 +168,13 @@ class _Dual(AsymmetricLayer):
             )
         count = z.shape[1]
         mean, wanted = z.mean(1, keepdim=True), y.mean(1, keepdim=True)
+        second = z.square().sum((1, 2)) / count
         if bias:
             z, y = z.sub_(mean), y.sub_(wanted)
         products = (z @ z.transpose(1, 2)).div_(count)
         trace = products.diagonal(dim1=1, dim2=2).sum(1)
         size = prod(self.structure.reduced)
-        held = ridge_of(trace, products.square().sum((1, 2)), size, count)
+        held = ridge_of(trace, products.square().sum((1, 2)), second, size, count)
         nearest = self._projected(self.rows)
         missed = y - z @ nearest.transpose(1, 2)
         solved = nearest + solve(products, held, missed.transpose(1, 2) / count) @ z

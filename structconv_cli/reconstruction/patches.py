@@ -91,11 +91,12 @@ class Reader:
         found = rows.reshape(-1, rows.shape[-1])[at].astype(np.float64)
         return torch.from_numpy(found).reshape(len(found), self.groups, -1).transpose(0, 1)
 
-    def makes(self, y: Array, x: Array) -> bool:
-        """Whether a tensor y has the sizes of the output for an input x, its channels left out."""
+    def makes(self, y: Array, x: Array, channels: int) -> bool:
+        """Whether a tensor y has the shape of the output, of so many channels, for an input x."""
         if self.conv is None:
-            return y.shape[:-1] == x.shape[:-1]
-        return (len(y), *y.shape[2:]) == self._sizes(x)
+            return y.shape == (*x.shape[:-1], channels)
+        images, *sizes = self._sizes(x)
+        return y.shape == (images, channels, *sizes)
 
     def _sizes(self, x: Array) -> tuple[int, ...]:
         """Images and sizes of the output."""

@@ -190,7 +190,7 @@ class _Sequence:
                 share = -(-most * count // (images * len(layer.readers)))
                 at = reader.positions(x, share, self.rng)
                 targets = reader.patches(x, at).double() @ collected.rows.transpose(1, 2)
-                if other and reader.makes(old[other], x):
+                if other and reader.makes(old[other], x, len(layer.weight)):
                     targets += reader.outputs(old[other], at) - reader.outputs(new[other], at)
                 collected.add(reader.patches(y, at), targets)
             if hold:

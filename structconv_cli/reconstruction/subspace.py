@@ -14,6 +14,8 @@ images for nearly all of 32 fits (ResNet-20, 2 to 256 images), by up to a third 
 _MOST_SHRINKAGE = 0.999
 _LEAST_RIDGE = 1e-9
 """Relative to the mean variance: what float32 activations are certain of, and no less."""
+_LEAST_SHARE = 1e-12
+"""Of the second moment: a variance below it is the rounding of float32 activations."""
 _LEAST_VARIANCE = 1e-8
 """Share of a channel's variance below which no factor can bring it back."""
 
@@ -23,11 +25,14 @@ def ridge(moments: Moments) -> torch.Tensor:
     covariance = moments.covariance
     trace = covariance.diagonal(dim1=1, dim2=2).sum(1)
     squares = covariance.square().sum((1, 2))
-    return ridge_of(trace, squares, covariance.shape[1], moments.count)
+    second = trace + moments.mean.square().sum(1)
+    return ridge_of(trace, squares, second, covariance.shape[1], moments.count)
 
 
-def ridge_of(trace: torch.Tensor, squares: torch.Tensor, size: int, patches: int) -> torch.Tensor:
-    """What is to be added to the diagonal of covariances, (G, 1, 1).
+def ridge_of(
+    trace: torch.Tensor, squares: torch.Tensor, second: torch.Tensor, size: int, patches: int
+) -> torch.Tensor:
+    """What is to be added to the diagonal of covariances, (G, 1, 1); above zero.
 
     The shrinkage of the covariance that is best for so many samples of a normal distribution: OAS,
     Chen, Wiesel, Eldar and Hero, "Shrinkage Algorithms for MMSE Covariance Estimation", 2010,
@@ -36,6 +41,7 @@ def ridge_of(trace: torch.Tensor, squares: torch.Tensor, size: int, patches: int
     Args:
         trace: of each covariance, (G,).
         squares: of all its numbers, summed, (G,).
+        second: trace of each second moment, (G,).
         size: its rows.
         patches: that it was taken from.
     """
@@ -44,7 +50,11 @@ def ridge_of(trace: torch.Tensor, squares: torch.Tensor, size: int, patches: int
     shrinkage = ((1 - 2 / size) * squares + trace.square()) / ((count + 1 - 2 / size) * excess)
     shrinkage = shrinkage.clamp(max=_MOST_SHRINKAGE)
     ratio = (shrinkage / (1 - shrinkage)).clamp(min=_LEAST_RIDGE)
-    return (ratio * trace / size).reshape(-1, 1, 1)
+    # Inputs that never vary on the samples say nothing, and what rounding leaves of their variance
+    # says less: such a ridge leaves plain projection.
+    least = _LEAST_SHARE * second / size
+    found = torch.maximum(ratio * trace / size, least)
+    return torch.where(found > 0, found, 1.0).reshape(-1, 1, 1)
 
 
 def restoring(variance: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,7 @@ class Classification(ImageTask):
         """Check that the model gives a score for every class of the data.
 
         Raises:
-            TaskError: it does not give scores (B, K).
+            TaskError: it does not give scores (B, K), K >= 2.
             DataError: it has too few of them.
         """
         with eval_mode(model):
@@ -42,6 +42,11 @@ class Classification(ImageTask):
                 f"the model puts out {tuple(scores.shape)} for a batch of images, and the data "
                 "has one label for each; expected scores (batch, classes). Give data with masks "
                 "for segmentation, or describe the task with --task FILE.py."
+            )
+        if scores.shape[1] < 2:
+            raise TaskError(
+                "the model puts out one score per image; expected one for each of at least two "
+                "classes. Describe a task of a single score with --task FILE.py."
             )
         check_labels(self.data, scores.shape[1])
 

@@ -13,6 +13,8 @@ from structconv_cli.world import ALONE, World
 _CALIBRATION_EPOCH = 1 << 20
 """Stands for the order in which calibration images are drawn: no epoch has it."""
 
+_MOST_PIXELS = 256 * 224 * 224
+
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -36,7 +38,12 @@ class ImageTask:
 
     calibration_images: ClassVar[int] = 2048
     most_at_once: ClassVar[int] = 256
-    """Images in a batch of calibration or evaluation."""
+
+    @property
+    def at_once(self) -> int:
+        """Images in a batch of calibration or evaluation: fewer of large ones, for the memory."""
+        height, width = self.data.val.image_shape[1:]
+        return max(2, min(self.most_at_once, _MOST_PIXELS // (height * width)))
 
     @property
     def steps(self) -> int:
@@ -65,7 +72,7 @@ class ImageTask:
         left = self.calibration_images
         for batch in self.data.batches(
             self.data.train,
-            self.most_at_once,
+            self.at_once,
             shuffle=Shuffle(self.seed, _CALIBRATION_EPOCH),
             augment=self.augment,
         ):
@@ -78,7 +85,7 @@ class ImageTask:
     def validation(self) -> Iterator[Batch]:
         """This process's share of the validation part."""
         return self.data.batches(
-            self.data.val, self.most_at_once, rank=self.world.rank, world=self.world.size
+            self.data.val, self.at_once, rank=self.world.rank, world=self.world.size
         )
 
     def examples(self, count: int) -> tuple[torch.Tensor, ...]:

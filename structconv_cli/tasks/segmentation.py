@@ -41,8 +41,8 @@ class Segmentation(ImageTask):
         """Check that the model gives a score for every class of every pixel.
 
         Raises:
-            TaskError: it does not give scores (B, K, h, w).
-            DataError: a mask has a class that the model does not have.
+            TaskError: it does not give scores (B, K, h, w), K >= 2.
+            DataError: a mask has a class that the model does not have, or all hold the same.
         """
         with eval_mode(model):
             scores = class_scores(model(*self.examples(2)))
@@ -51,6 +51,11 @@ class Segmentation(ImageTask):
                 f"the model puts out {tuple(scores.shape)} for a batch of images, and the data "
                 "has masks; expected scores (batch, classes, height, width). Give data with class "
                 "folders for classification, or describe the task with --task FILE.py."
+            )
+        if scores.shape[1] < 2:
+            raise TaskError(
+                "the model puts out one score per pixel; expected one for each of at least two "
+                "classes. Describe a task of a single score with --task FILE.py."
             )
         check_labels(self.data, scores.shape[1])
 
