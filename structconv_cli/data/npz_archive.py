@@ -108,6 +108,8 @@ def read_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             found = dict(arrays)
+        if bad := [name for name, value in found.items() if not isinstance(value, np.ndarray)]:
+            raise ValueError(f"{bad[0]!r} is no array")
     except Exception as error:
         # NumPy's header parser and the decompressor raise many kinds on damaged bytes.
         raise DataError(
