@@ -1,3 +1,4 @@
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -5,7 +6,9 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image as Picture
+from typer.testing import CliRunner
 
+from structconv_cli.cli import app
 from structconv_cli.data.dataset import load_dataset
 from structconv_cli.data.spec import DataSpec
 from structconv_cli.errors import DataError
@@ -132,3 +135,33 @@ def test_a_folder_of_nothing(tmp_path: Path):
 def test_the_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert "pip install 'structconv[hf]'" in message_of(tmp_path)
+
+
+def test_a_part_without_the_columns_of_the_other(tmp_path: Path):
+    bare = make(picture=(IMAGES[:3], datasets.Image()))
+    datasets.DatasetDict({"train": labelled(), "test": bare}).save_to_disk(tmp_path / "saved")
+    assert "test" in message_of(tmp_path / "saved")
+    assert "lacks the column 'kind'" in message_of(tmp_path / "saved")
+
+
+def test_numbers_for_labels_need_no_names(tmp_path: Path):
+    """Converted as far as the end, which says how near chance the original is."""
+    number = datasets.Value("int64")
+    make(image=(IMAGES, datasets.Image()), label=(LABELS, number)).save_to_disk(tmp_path / "saved")
+    source = "from torch import nn\ndef build():\n    return nn.Sequential(nn.Conv2d(3, 8, 3, "
+    source += "padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Flatten(), nn.Linear(192, 2))\n"
+    (tmp_path / "model.py").write_text(source)
+    namespace: dict[str, Any] = {}
+    exec(source, namespace)
+    torch.save(namespace["build"]().state_dict(), tmp_path / "model.pt")
+    words = ["--no-finetune", "--forms=split", f"--data=hf:{tmp_path}/saved", "--val-split=0.2"]
+    done = CliRunner().invoke(
+        app,
+        [
+            *("convert", f"{tmp_path}/model.pt", f"--arch={tmp_path}/model.py:build", *words),
+            f"--out={tmp_path}/run",
+        ],
+    )
+    assert done.exit_code == 0, done.output
+    told = json.loads((tmp_path / "run/convert.json").read_text())
+    assert told["finetune"]["stages"][0]["evaluation"]["others"] == {}
