@@ -16,7 +16,7 @@ from torch import nn
 from structconv_cli.layer_spec import LayerSpec, pad_input
 from structconv_cli.layers import structured_layer
 from structconv_cli.structure import Structure
-from structconv_cli.tolerance import layer_bound, stored_weight_bound
+from structconv_cli.tolerance import bias_bound, layer_bound, stored_weight_bound
 
 
 @dataclass(frozen=True)
@@ -171,9 +171,9 @@ def _check_outputs(
             spec, layer.dense.double(), layer.bias, x.double()
         )
         bound = layer_bound(layer.dense, layer.reduced, layer.structure, dtype)
-        slack = (
-            layer.bias.double().abs() * torch.finfo(dtype).eps if layer.bias is not None else None
-        )
+        slack = None
+        if layer.bias is not None:
+            slack = bias_bound(layer.bias, layer.structure, dtype)
         allowed = dense_output(spec, bound, slack, x.double().abs())
     allowed = allowed + torch.finfo(dtype).tiny
     return compare(spec.name, what, deviation, allowed, "the output")

@@ -51,10 +51,22 @@ def layer_bound(
     weight: torch.Tensor, coefficients: torch.Tensor, structure: Structure, dtype: torch.dtype
 ) -> torch.Tensor:
     """Kernel B such that |x| * B bounds |dense layer - structured layer|, computed in `dtype`."""
-    summands = prod(structure.dense) + sum(structure.windows) + 2
     computed = weight.double().abs() + magnitude(coefficients, structure)
     stored = stored_weight_bound(weight, coefficients, structure)
-    return stored + gamma(summands, dtype) * computed
+    return stored + gamma(_summands(structure), dtype) * computed
+
+
+def bias_bound(bias: torch.Tensor, structure: Structure, dtype: torch.dtype) -> torch.Tensor:
+    """What a bias adds to the outputs that `layer_bound` bounds, (C_out,).
+
+    A sum may begin with it, and then every addition rounds what is as large as the bias.
+    """
+    return gamma(_summands(structure), dtype) * bias.double().abs()
+
+
+def _summands(structure: Structure) -> int:
+    """Of an output, at most, the bias included; each may be rounded before it is added."""
+    return prod(structure.dense) + sum(structure.windows) + 2
 
 
 def kernel_bound(weight: torch.Tensor, structure: Structure) -> torch.Tensor:

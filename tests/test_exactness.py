@@ -103,6 +103,16 @@ def test_a_dense_weight_one_per_cent_off_fails(kind: str) -> None:
     assert "weights" in {check.what for check in failed}
 
 
+@pytest.mark.parametrize("scale", [1e-4, 1e-6, 1e-8])
+@pytest.mark.parametrize("kind", [kind for kind in LAYERS if LAYERS[kind][0].bias is not None])
+def test_a_bias_larger_than_all_else_passes(kind: str, scale: float) -> None:
+    """In dark parts of images: every addition then rounds what is as large as the bias."""
+    layer = weights_of(kind)
+    dark = {"dark": scale * random_input(layer.spec, torch.Generator().manual_seed(2))}
+    checks = check_layer(layer, dark)
+    assert all(check.passed for check in checks), [check.detail for check in checks]
+
+
 @pytest.mark.parametrize("kind", [kind for kind in LAYERS if LAYERS[kind][0].bias is not None])
 def test_a_changed_bias_fails_with_the_layers_name(kind: str) -> None:
     layer = weights_of(kind)
