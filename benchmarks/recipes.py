@@ -4,10 +4,10 @@
     python benchmarks/recipes.py table --work recipes
 
 ResNet-20 (or 56) on CIFAR-10 as JPEG files, every 3x3 convolution but the stem to n=2 (2.2 times
-fewer MACs), or a plan (--plan). `default` is what `structconv convert --augment crop,flip` does; in
-the others half of the loss follows the original, unless their names say otherwise (`RECIPES`).
-`half-crop` has the augmentation that `convert` has by default. `dense` is the original
-tuned as long by the default, without structure: what the epochs themselves bring; `dense-labels`
+fewer MACs), or a plan (--plan). `default` is what `structconv convert` does (it chooses `crop,flip`
+for these images itself); in the others half of the loss follows the original, unless their names
+say otherwise (`RECIPES`). `dense` is the original tuned as long by the default, without structure:
+what the epochs themselves bring; `dense-labels`
 adapts a network to new data. Results are kept in WORK, one file each, with the tuned weights beside
 it; `table` prints them in Markdown. A run that was stopped goes on from its last epoch when it is
 started again.

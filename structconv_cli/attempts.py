@@ -80,7 +80,7 @@ def attempt(
     # The last of those kept was interrupted.
     entry = kept[len(tried)] if len(tried) < len(kept) else following(tried)
     while entry is not None:
-        if world.first and request.recipe.epochs:
+        if world.first and ready.recipe.epochs:
             unfinished.keep((*tried, entry))
         with unfinished.working() if world.first else nullcontext():
             found = _tuned(request, ready, entry, unfinished, world, observer)
@@ -107,17 +107,17 @@ def _tuned(
 ) -> Attempt:
     plan = entry.plan
     observer.note(f"{len(plan.structures)} of {len(plan.layers)} layers structured")
-    if not request.recipe.epochs:
+    if not ready.recipe.epochs:
         return Attempt(
             plan,
             entry.prediction,
-            *reconstruct_model(ready, plan.structures, request.recipe, request.images, observer),
+            *reconstruct_model(ready, plan.structures, ready.recipe, request.images, observer),
         )
     assert ready.task is not None
     notes: list[str] = []
 
     def fit() -> Mapping[str, Tensor]:
-        seed, images = request.recipe.seed, request.images
+        seed, images = ready.recipe.seed, request.images
         with observer.stage("least squares"):
             try:
                 fitted, _ = fitted_model(ready, plan.structures, seed, images, observer)
@@ -130,7 +130,7 @@ def _tuned(
         ready.model,
         plan.structures,
         ready.task,
-        request.recipe,
+        ready.recipe,
         hardware=request.hardware,
         world=world,
         keeper=unfinished,

@@ -1,6 +1,6 @@
 """All that a conversion starts from, loaded and checked before the long work."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -29,7 +29,10 @@ from structconv_cli.reconstruction.samples import Samples
 from structconv_cli.reference import REAL_EXAMPLES
 from structconv_cli.tasks.choice import task_for
 from structconv_cli.tasks.classification import Classification
+from structconv_cli.tasks.images import ImageTask
 from structconv_cli.tasks.task import Task
+from structconv_cli.training.augmentation_choice import AUTO, choose_augmentation
+from structconv_cli.training.recipe import Recipe
 from structconv_cli.training.schedule import steps_per_epoch
 from structconv_cli.world import World
 
@@ -52,6 +55,7 @@ class Prepared:
         inventory: the model's layers.
         given: the plan of a file or of the rule; None if one is to be made for targets.
         original: the model as an ONNX graph.
+        recipe: how to fine-tune, its augmentation settled.
         notes: what the user should know, one sentence each.
     """
 
@@ -65,6 +69,7 @@ class Prepared:
     inventory: Inventory
     given: Plan | None
     original: onnx.ModelProto
+    recipe: Recipe
     notes: tuple[str, ...]
 
     @property
@@ -114,6 +119,11 @@ def prepare(request: ConvertRequest, world: World, observer: Observer) -> Prepar
             steps_per_epoch(task.steps, request.recipe)
         given = given_plan(request, inventory) if request.targets.is_empty else None
         original = export_onnx(found.model, *example)
+    if isinstance(source, ImageTask):
+        source, chosen = _settled(source, request.recipe, found.model, world, observer)
+        task = source if task is not None else None
+        notes = [*notes, *chosen]
+    augment = source.augment if isinstance(source, ImageTask) else ()
     notes = [*opened.notes, *found.notes, *notes]
     return Prepared(
         opened,
@@ -126,8 +136,23 @@ def prepare(request: ConvertRequest, world: World, observer: Observer) -> Prepar
         inventory,
         given,
         original,
+        replace(request.recipe, augment=augment),
         tuple(notes),
     )
+
+
+def _settled(
+    task: ImageTask, recipe: Recipe, model: nn.Module, world: World, observer: Observer
+) -> tuple[ImageTask, tuple[str, ...]]:
+    """The task with the augmentation it is trained with, and notes."""
+    if not recipe.epochs:
+        return replace(task, augment=()), ()
+    if task.augment != AUTO:
+        return task, ()
+    with observer.stage("augmentation"):
+        augment, note = world.same(choose_augmentation(task, model) if world.first else ((), ""))
+        observer.note(", ".join(augment))
+    return replace(task, augment=augment), (note,) if note else ()
 
 
 def given_plan(request: ConvertRequest, inventory: Inventory) -> Plan:

@@ -156,6 +156,7 @@ Augment = Annotated[
     typer.Option(
         rich_help_panel="Data",
         help="Random changes to training images, such as crop,flip, or none. Known: crop, flip, "
-        "resized-crop, vflip, rotate, color, erase. By default crop. Not with --task.",
+        "resized-crop, vflip, rotate, color, erase. By default crop, and flip where the "
+        "original is as right on mirror images. Not with --task.",
     ),
 ]

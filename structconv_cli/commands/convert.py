@@ -89,6 +89,7 @@ def convert(
         from structconv_cli.model.signature import INPUT
         from structconv_cli.model_graph import is_onnx
         from structconv_cli.run_folder import model_file
+        from structconv_cli.training.augmentation_choice import AUTO
         from structconv_cli.world import launched
 
         if data is None and (size or mean or std or val_split or augment):
@@ -111,7 +112,7 @@ def convert(
             sr_lambda=sr_lambda,
             distillation=distill,
             hints=hints,
-            augment=parse_augmentation(augment or "crop"),
+            augment=parse_augmentation(augment) if augment else AUTO,
             seed=seed,
         )
         checkpoint = model_file(checkpoint)

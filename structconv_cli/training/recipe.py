@@ -40,7 +40,7 @@ class Recipe:
         hints: weight of the distance between what blocks put out and what the original's do
             (`training.features`), added to the loss.
         averaging: decay of the moving average of the weights that is the result; 0 for none.
-        augment: random changes to training images.
+        augment: random changes to training images (see `training.augmentation_choice`).
         seed: of all that is random.
     """
 
