@@ -77,6 +77,7 @@ RECIPES: Mapping[str, dict[str, Any]] = {
     "half-wd1": {**HALF, "weight_decay": 1e-4},
     "half-plain": {**HALF, "augment": ()},
     "half-crop": {**HALF, "augment": ("crop",)},
+    "half-flip": {**HALF, "augment": ("flip",)},
     "labels": {**HALF, "distillation": 0.0},
     "labels-hints": {**HALF, "hints": 1.0, "distillation": 0.0},
     "third": {"regularised": 1 / 3},
