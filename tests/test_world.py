@@ -67,6 +67,15 @@ def both(words: list[str], folder: Path) -> Iterator[tuple[Command, Command]]:
         yield first, second
 
 
+def wait_for(state: Path, processes: tuple[Command, Command]) -> None:
+    """Until an epoch has been kept."""
+    deadline = time.monotonic() + 120
+    while not state.exists():
+        assert time.monotonic() < deadline
+        assert all(process.running for process in processes), processes[0].wait()
+        time.sleep(0.002)
+
+
 @pytest.mark.parametrize("start", [by_hand, pytest.param(by_torchrun, marks=pytest.mark.slow)])
 def test_two_processes_write_one_run_like_that_of_one(
     start: Callable[[list[str], Path], str], alone: Path, tiny: Path, tmp_path: Path
@@ -101,11 +110,7 @@ def free_port() -> int:
 def test_when_one_dies_the_other_says_so_and_stops(victim: int, tiny: Path, tmp_path: Path) -> None:
     words = [*tiny_words(tiny, out=str(tmp_path / "run")), "--epochs=2000"]
     with both(words, tmp_path) as processes:
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "run.partial/training.pt").exists():
-            assert time.monotonic() < deadline
-            assert all(process.running for process in processes), processes[0].wait()
-            time.sleep(0.05)
+        wait_for(tmp_path / "run.partial/training.pt", processes)
         processes[victim].kill()
         ended = processes[1 - victim].wait()
     assert ended.returncode == 1
@@ -140,11 +145,7 @@ def test_two_processes_go_on_to_the_same_weights(own: Path) -> None:
     by_hand(own_words(own, "whole", "--accumulate=2"), own)
     words = own_words(own, "run", "--accumulate=2", "--resume")
     with both(words, own) as processes:
-        deadline = time.monotonic() + 120
-        while not (own / "run.partial/training.pt").exists():
-            assert time.monotonic() < deadline
-            assert all(process.running for process in processes), processes[0].wait()
-            time.sleep(0.002)
+        wait_for(own / "run.partial/training.pt", processes)
         for process in processes:
             process.kill()
     assert not (own / "run").exists()
