@@ -18,12 +18,10 @@ from structconv_cli.graph_module import ScoresModule
 from structconv_cli.model.inventory import Inventory
 from structconv_cli.model.signature import sized
 from structconv_cli.model_graph import image_channels
-from structconv_cli.onnx.constant_weights import make_weights_constant
 from structconv_cli.onnx.example_inputs import Shapes, example_inputs
-from structconv_cli.onnx.file import load_onnx
 from structconv_cli.onnx.graph import Graph
 from structconv_cli.onnx.lower import LoweringSettings
-from structconv_cli.onnx.lowerable import check_lowerable
+from structconv_cli.onnx.lowerable import load_lowerable
 from structconv_cli.plan import Plan, read_plan
 from structconv_cli.planning.check import check_plan
 from structconv_cli.planning.pipeline import training_samples
@@ -115,8 +113,8 @@ def prepare_graph(request: OnnxRequest, observer: Observer) -> PreparedGraph:
         StructconvError: whatever is wrong with it.
     """
     with observer.stage("model"):
-        graph = load_onnx(request.model)
-        notes = [*make_weights_constant(graph), *check_lowerable(graph)]
+        graph, found = load_lowerable(request.model)
+        notes = [*found]
     spec = data = task = samples = None
     if request.data is None:
         rows = images_per_run(graph) or REAL_EXAMPLES

@@ -7,11 +7,10 @@ from pathlib import Path
 from structconv_cli.errors import OnnxError
 from structconv_cli.exactness import Check
 from structconv_cli.graph_check import LoweredGraph, check_graph
-from structconv_cli.onnx.constant_weights import make_weights_constant
 from structconv_cli.onnx.example_inputs import Shapes, example_inputs
-from structconv_cli.onnx.file import load_onnx, save_onnx
+from structconv_cli.onnx.file import save_onnx
 from structconv_cli.onnx.lower import DEFAULT_FORM, MEASURE, Lowering, LoweringSettings, lower
-from structconv_cli.onnx.lowerable import check_lowerable
+from structconv_cli.onnx.lowerable import load_lowerable
 from structconv_cli.onnx.probe import why_not_loaded
 from structconv_cli.plan import read_plan
 from structconv_cli.progress import SILENT, Observer
@@ -76,8 +75,7 @@ def lower_file(
     start = time.perf_counter()
     _check_output_path(out)
     with observer.stage("model"):
-        model = load_onnx(source)
-        notes = (*make_weights_constant(model), *check_lowerable(model))
+        model, notes = load_lowerable(source)
         structures = read_plan(plan_file).structures if plan_file else None
         feeds = example_inputs(model, settings.target.batch_size, shapes or {})
         how = settings.how(feeds)

@@ -14,12 +14,10 @@ from structconv_cli.model.input_guess import guess_input
 from structconv_cli.model.inventory import first_channels
 from structconv_cli.model.opening import Opened, open_model
 from structconv_cli.model.signature import input_names
-from structconv_cli.onnx.constant_weights import make_weights_constant
 from structconv_cli.onnx.example_inputs import Shapes
 from structconv_cli.onnx.export import export_onnx
-from structconv_cli.onnx.file import load_onnx
 from structconv_cli.onnx.graph import Graph
-from structconv_cli.onnx.lowerable import check_lowerable
+from structconv_cli.onnx.lowerable import load_lowerable
 from structconv_cli.progress import SILENT, Observer
 
 _TRACE_BATCH = 2
@@ -141,8 +139,7 @@ def open_source(
         StructconvError: the file cannot be read, or the model not be built.
     """
     if is_onnx(path):
-        model = load_onnx(path)
-        return ModelSource(model, (*make_weights_constant(model), *check_lowerable(model)))
+        return ModelSource(*load_lowerable(path))
     opened = open_model(path, architecture, observer, trust_pickle=trust_pickle)
     return ModelSource(opened, opened.notes)
 

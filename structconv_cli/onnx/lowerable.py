@@ -2,10 +2,13 @@
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 from structconv_cli.errors import OnnxError
+from structconv_cli.onnx.constant_weights import make_weights_constant
+from structconv_cli.onnx.file import load_onnx
 from structconv_cli.onnx.messages import of_type
 from structconv_cli.quoting import legible
 
@@ -16,6 +19,19 @@ _STANDARD = ("", "ai.onnx")
 
 _QUANTISED = re.compile(r"Q[A-Z]\w*|\w*([Qq]uantize|Integer)\w*")
 """Quantised operators of ai.onnx and com.microsoft (QuickGelu, for one, is a float operator)."""
+
+
+def load_lowerable(path: Path) -> tuple[ModelProto, tuple[str, ...]]:
+    """Read a user's ONNX file as it can be lowered: its weights constant.
+
+    Returns:
+        The model, and one sentence for the user on each thing that was changed or is left alone.
+
+    Raises:
+        OnnxError: the file cannot be read (`load_onnx`), or the model not be lowered.
+    """
+    model = load_onnx(path)
+    return model, (*make_weights_constant(model), *check_lowerable(model))
 
 
 def check_lowerable(model: ModelProto) -> tuple[str, ...]:
